@@ -1,0 +1,158 @@
+"""One table that decides which backend runs an operation.
+
+Every implementation registers itself with a predicate that says why it can *not* take a call; the first entry, in
+the order of :data:`PREFERENCE`, whose predicate has no objection runs. Nothing above this file names a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger("peftkern")
+
+PREFERENCE = ("cpu", "reference")
+"""Backends from the most to the least preferred. The reference takes everything."""
+
+ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
+
+Supports = Callable[..., "str | None"]
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run the call."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How one backend runs one operation.
+
+    ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them.
+    """
+
+    operation: str
+    backend: str
+    function: Callable[..., Any]
+    supports: Supports
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend takes a call, and why: the reasons of those that were passed over, or who forced it."""
+
+    backend: str
+    reason: str
+    function: Callable[..., Any]
+
+
+_TABLE: dict[str, dict[str, Implementation]] = {}
+_reported: set[tuple[str, str]] = set()
+
+
+def _supports_everything(*_args: Any, **_kwargs: Any) -> str | None:
+    return None
+
+
+def register(
+    operation: str, backend: str, *, supports: Supports = _supports_everything
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator that enters a function in the table as ``backend``'s way to run ``operation``.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or has registered this operation before.
+    """
+    if backend not in PREFERENCE:
+        raise ValueError(f"register: backend must be one of {PREFERENCE}, got {backend!r}")
+
+    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+        entries = _TABLE.setdefault(operation, {})
+        if backend in entries:
+            raise ValueError(f"register: {operation!r} already has an implementation for backend {backend!r}")
+        entries[backend] = Implementation(operation, backend, function, supports)
+        return function
+
+    return enter
+
+
+def _load_backends() -> None:
+    importlib.import_module("peftkern.backends.cpu")
+
+
+def forced_backend() -> str | None:
+    """The backend named by ``PEFTKERN_BACKEND``, or ``None``.
+
+    Raises:
+        BackendError: the variable names no backend.
+    """
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return None
+    if name not in PREFERENCE:
+        raise BackendError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(PREFERENCE)}; got {name!r}")
+    return name
+
+
+def operations() -> list[str]:
+    """Names of all registered operations."""
+    _load_backends()
+    return sorted(_TABLE)
+
+
+def choose(operation: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Choice:
+    """The backend that would run ``operation`` on these arguments.
+
+    Args:
+        operation: a registered name, for example ``"lora_linear"``.
+        backend: take this one, or raise. ``None`` lets ``PEFTKERN_BACKEND`` decide, and without it the table.
+
+    Raises:
+        ValueError: no such operation.
+        BackendError: a forced backend cannot run the call.
+    """
+    _load_backends()
+    if operation not in _TABLE:
+        raise ValueError(f"operation must be one of {sorted(_TABLE)}, got {operation!r}")
+    entries = _TABLE[operation]
+    forced = backend or forced_backend()
+    if forced is not None:
+        return _choose_forced(operation, entries, forced, args, kwargs)
+    objections: list[str] = []
+    for name in PREFERENCE:
+        if name not in entries:
+            continue
+        objection = entries[name].supports(*args, **kwargs)
+        if objection is None:
+            return Choice(name, "; ".join(objections) or "first choice", entries[name].function)
+        objections.append(f"{name}: {objection}")
+    raise BackendError(f"{operation}: no backend takes this call ({'; '.join(objections)})")
+
+
+def _choose_forced(
+    operation: str, entries: dict[str, Implementation], forced: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Choice:
+    if forced not in entries:
+        raise BackendError(f"{operation}: backend {forced!r} has no implementation; there are {sorted(entries)}")
+    objection = entries[forced].supports(*args, **kwargs)
+    if objection is not None:
+        raise BackendError(f"{operation}: backend {forced!r} was forced and cannot run this call: {objection}")
+    return Choice(forced, "forced", entries[forced].function)
+
+
+def run(operation: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+    """Run ``operation`` on the backend that :func:`choose` picks; a fallback is logged once per reason."""
+    choice = choose(operation, *args, backend=backend, **kwargs)
+    if choice.reason not in ("forced", "first choice"):
+        _report_fallback(operation, choice)
+    return choice.function(*args, **kwargs)
+
+
+def _report_fallback(operation: str, choice: Choice) -> None:
+    key = (operation, choice.reason)
+    if key in _reported:
+        return
+    _reported.add(key)
+    logger.warning("%s runs on the %s backend (%s)", operation, choice.backend, choice.reason)

@@ -1,0 +1,377 @@
+"""A frozen linear layer, dense or quantized, with any number of LoRA adapters in the same product.
+
+    y  = x Wᵀ + Σᵢ hᵢ Bᵢᵀ + b            hᵢ = sᵢ Dᵢ(x) Aᵢᵀ
+    dx = dy W + Σᵢ Dᵢ(gᵢ Aᵢ)              gᵢ = sᵢ dy Bᵢ
+    dAᵢ = gᵢᵀ Dᵢ(x)     dBᵢ = dyᵀ hᵢ     db = Σ dy
+
+Shapes: x [..., in], W [out, in], Aᵢ [r, in], Bᵢ [out, r], y [..., out]. Dᵢ is dropout with its own mask, which the
+backward pass computes again from the seed (:mod:`peftkern.ops.dropout`). What is kept for the backward pass is x, the
+h of all adapters side by side ([tokens, Σr], float32) and the seed; nothing of the size of W. dW is never formed.
+
+Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), eq. 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import registry
+from peftkern.formats import DoubleQuantization, QuantizedTensor
+from peftkern.ops import dropout
+from peftkern.ops.dequantize import dequantize_reference
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Weight = Tensor | QuantizedTensor
+
+_WEIGHT_SCHEMA = (
+    "Tensor packed, Tensor? scales, Tensor? scales_absmax, Tensor? scales_offset, "
+    "str format, int block_size, int scales_block_size, SymInt out_features, SymInt in_features"
+)
+_ADAPTER_SCHEMA = "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, Tensor? seed"
+_DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The active adapters of one call: equally long sequences, and the seed of their dropout masks."""
+
+    lora_A: Sequence[Tensor]
+    lora_B: Sequence[Tensor]
+    scaling: Sequence[float]
+    dropout_p: Sequence[float]
+    seed: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.lora_A)
+
+    def splits(self) -> list[slice]:
+        """Which columns of h and g belong to each adapter."""
+        ends = [0]
+        for lora_A in self.lora_A:
+            ends.append(ends[-1] + lora_A.shape[0])
+        return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor | Sequence[Tensor] | None = None,
+    lora_B: Tensor | Sequence[Tensor] | None = None,
+    scaling: float | Sequence[float] = 1.0,
+    bias: Tensor | None = None,
+    dropout_p: float | Sequence[float] = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + Σ scalingᵢ · dropout(x) Aᵢᵀ Bᵢᵀ + bias`` with a frozen, dense or quantized W.
+
+    Differentiable, once, in ``x``, ``lora_A``, ``lora_B`` and ``bias``; only what asks for a gradient gets one.
+
+    Args:
+        x: [..., in], float64, float32, bfloat16 or float16; any strides, any number of tokens, 0 included.
+        weight: [out, in], a floating-point tensor that asks for no gradient, or a ``QuantizedTensor``.
+        lora_A: [r, in] of any floating-point dtype, or one per active adapter. ``None``: no adapter.
+        lora_B: [out, r], or one per active adapter.
+        scaling: lora_alpha / r, or one per adapter.
+        bias: [out], or ``None``.
+        dropout_p: probability to drop an element of x in front of the adapter, or one per adapter. A positive value
+            is always applied: pass 0 for evaluation. The mask follows ``torch.manual_seed``.
+        backend: name of the backend that must run it; ``None`` lets the table decide.
+
+    Returns:
+        [..., out] in the dtype of x, or in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: shapes, devices or lengths do not fit, ``dropout_p`` is outside [0, 1], the weight asks for a gradient.
+        TypeError: an argument has the wrong type or dtype.
+        BackendError: a forced backend cannot run the call.
+    """
+    adapters = _check_adapters(lora_A, lora_B, scaling, dropout_p)
+    _check(x, weight, adapters, bias)
+    device_type = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        x = x.to(torch.get_autocast_dtype(device_type))
+    y, _ = torch.ops.peftkern.lora_linear(
+        x,
+        *_flatten_weight(weight),
+        adapters.lora_A,
+        adapters.lora_B,
+        adapters.scaling,
+        adapters.dropout_p,
+        dropout.draw_seed(x.device) if any(adapters.dropout_p) else None,
+        bias,
+        backend,
+    )
+    return y  # type: ignore[no-any-return]
+
+
+# ---- checks
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout_p: Any) -> Adapters:
+    if (lora_A is None) != (lora_B is None):
+        missing = "lora_A" if lora_A is None else "lora_B"
+        raise ValueError(f"lora_linear: lora_A and lora_B go together, but {missing} is None")
+    if lora_A is None:
+        return Adapters([], [], [], [], None)
+    lists = {"lora_A": _as_list(lora_A), "lora_B": _as_list(lora_B)}
+    count = len(lists["lora_A"])
+    for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
+        lists[name] = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    for name, values in lists.items():
+        if len(values) != count:
+            raise ValueError(f"lora_linear: {name} must have one entry per adapter, {count}; got {len(values)}")
+    for p in lists["dropout_p"]:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"lora_linear: dropout_p must be between 0 and 1, got {p}")
+    scalings = [float(s) for s in lists["scaling"]]
+    return Adapters(lists["lora_A"], lists["lora_B"], scalings, [float(p) for p in lists["dropout_p"]], None)
+
+
+def _check_tensor(name: str, value: Any, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"lora_linear: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"lora_linear: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"lora_linear: {name} is on {value.device} and x on {device}; move one of them")
+
+
+def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], rule: str) -> None:
+    if tuple(value.shape) != expected:
+        raise ValueError(f"lora_linear: {name} must be {rule} = {list(expected)}, got {list(value.shape)}")
+
+
+def _check_weight(weight: Any, device: torch.device) -> None:
+    if isinstance(weight, QuantizedTensor):
+        if weight.packed.device != device:
+            raise ValueError(f"lora_linear: weight is on {weight.packed.device} and x on {device}; move one of them")
+    else:
+        _check_tensor("weight", weight, device)
+        if weight.requires_grad:
+            raise ValueError(
+                "lora_linear: weight is frozen by definition, but it requires a gradient; "
+                "call weight.requires_grad_(False), or use torch.nn.functional.linear for a trained weight"
+            )
+    if len(weight.shape) != 2:
+        raise ValueError(f"lora_linear: weight must be [out, in], got {list(weight.shape)}")
+
+
+def _check(x: Any, weight: Any, adapters: Adapters, bias: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"lora_linear: x must be a tensor, got {type(x).__name__}")
+    _check_tensor("x", x, x.device)
+    _check_weight(weight, x.device)
+    out_features, in_features = weight.shape
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"lora_linear: x must be [..., in] with in = {in_features} as in weight, got {list(x.shape)}")
+    for lora_A, lora_B in zip(adapters.lora_A, adapters.lora_B, strict=True):
+        _check_tensor("lora_A", lora_A, x.device)
+        _check_tensor("lora_B", lora_B, x.device)
+        if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
+            raise ValueError(f"lora_linear: lora_A must be [r, in] with in = {in_features}, got {list(lora_A.shape)}")
+        _check_shape("lora_B", lora_B, (out_features, lora_A.shape[0]), "[out, r]")
+    if bias is not None:
+        _check_tensor("bias", bias, x.device)
+        _check_shape("bias", bias, (out_features,), "[out]")
+
+
+# ---- the weight as operator arguments
+
+
+def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
+    if isinstance(weight, Tensor):
+        return weight, None, None, None, _DENSE, 0, 0, *weight.shape
+    nested = weight.double_quantization
+    return (
+        weight.packed,
+        weight.scales,
+        None if nested is None else nested.absmax,
+        None if nested is None else nested.offset,
+        weight.format,
+        weight.block_size,
+        0 if nested is None else nested.block_size,
+        *weight.shape,
+    )
+
+
+def _unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
+    packed, scales, scales_absmax, scales_offset, format, block_size, scales_block_size, *shape = arguments
+    if format == _DENSE:
+        return packed  # type: ignore[no-any-return]
+    nested = None
+    if scales_absmax is not None:
+        nested = DoubleQuantization(scales_absmax, scales_offset, scales_block_size)
+    dtype = dtype if dtype != torch.float64 else torch.float32
+    return QuantizedTensor(packed, scales, format, torch.Size(shape), dtype, block_size, nested)
+
+
+# ---- reference
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        return dequantize_reference(weight, dtype)
+    return weight.to(dtype)
+
+
+def _dropped(x: Tensor, adapters: Adapters, index: int) -> Tensor:
+    """dropout(x) of adapter ``index``; being linear and its own transpose, it serves the gradient as well."""
+    p = adapters.dropout_p[index]
+    if p == 0.0:
+        return x
+    assert adapters.seed is not None
+    keep = dropout.keep_mask(adapters.seed, index, x.shape[0], x.shape[1], p, x.device)
+    return torch.where(keep, x * dropout.keep_scale(p), 0.0)
+
+
+@registry.register("lora_linear", "reference")
+def lora_linear_reference(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Forward in plain PyTorch, in float32 (float64 for a float64 x). x is [tokens, in]; returns y and h."""
+    dtype = _compute_dtype(x)
+    x_ = x.to(dtype)
+    y = x_ @ _dense_weight(weight, dtype).t()
+    h = x_.new_zeros(x.shape[0], sum(a.shape[0] for a in adapters.lora_A))
+    for index, columns in enumerate(adapters.splits()):
+        h[:, columns] = adapters.scaling[index] * (_dropped(x_, adapters, index) @ adapters.lora_A[index].to(dtype).t())
+        y += h[:, columns] @ adapters.lora_B[index].to(dtype).t()
+    if bias is not None:
+        y += bias.to(dtype)
+    return y.to(x.dtype), h
+
+
+@registry.register("lora_linear_backward", "reference")
+def lora_linear_backward_reference(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward in plain PyTorch.
+
+    grad is [tokens, out]; x may be ``None`` where no A needs a gradient; ``need_lora`` holds the A flags, then the B flags.
+    """
+    dtype = _compute_dtype(grad)
+    count = len(adapters)
+    grad_ = grad.to(dtype)
+    grad_A: list[Tensor | None] = [None] * count
+    grad_B: list[Tensor | None] = [None] * count
+    grad_x = grad_ @ _dense_weight(weight, dtype) if need_x else None
+    for index, columns in enumerate(adapters.splits()):
+        lora_A, lora_B = adapters.lora_A[index], adapters.lora_B[index]
+        if need_lora[count + index]:
+            grad_B[index] = (grad_.t() @ h[:, columns].to(dtype)).to(lora_B.dtype)
+        if not need_x and not need_lora[index]:
+            continue
+        g = adapters.scaling[index] * (grad_ @ lora_B.to(dtype))
+        if need_lora[index]:
+            assert x is not None
+            grad_A[index] = (g.t() @ _dropped(x.to(dtype), adapters, index)).to(lora_A.dtype)
+        if grad_x is not None:
+            grad_x += _dropped(g @ lora_A.to(dtype), adapters, index)
+    return None if grad_x is None else grad_x.to(grad.dtype), grad_A, grad_B
+
+
+# ---- operators
+
+_WEIGHT_ARGUMENTS = 9
+_ADAPTER_ARGUMENTS = 5
+
+
+@torch.library.custom_op(
+    "peftkern::lora_linear",
+    mutates_args=(),
+    schema=f"(Tensor x, {_WEIGHT_SCHEMA}, {_ADAPTER_SCHEMA}, Tensor? bias, str? backend) -> (Tensor, Tensor)",
+)
+def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    weight = _unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
+    *adapters, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
+    x_ = x.reshape(-1, x.shape[-1])
+    y, h = registry.run("lora_linear", x_, weight, Adapters(*adapters), bias, backend=backend)
+    return y.view(*x.shape[:-1], y.shape[-1]), h
+
+
+@_forward_operator.register_fake
+def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    out_features, lora_A = arguments[_WEIGHT_ARGUMENTS - 2], arguments[_WEIGHT_ARGUMENTS]
+    tokens = x.shape[:-1].numel()
+    ranks = sum(a.shape[0] for a in lora_A)
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(tokens, ranks, dtype=_compute_dtype(x))
+
+
+@torch.library.custom_op(
+    "peftkern::lora_linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor? x, {_WEIGHT_SCHEMA}, {_ADAPTER_SCHEMA}, Tensor h, bool need_x, bool[] need_lora, "
+    "str? backend) -> Tensor[]",
+)
+def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
+    weight = _unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
+    *adapters, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
+    grad_ = grad.reshape(-1, grad.shape[-1])
+    x_ = None if x is None else x.reshape(-1, x.shape[-1])
+    grad_x, grad_A, grad_B = registry.run(
+        "lora_linear_backward", grad_, x_, weight, Adapters(*adapters), h, need_x, need_lora, backend=backend
+    )
+    if grad_x is not None:
+        grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+    return [gradient for gradient in (grad_x, *grad_A, *grad_B) if gradient is not None]
+
+
+@_backward_operator.register_fake
+def _backward_fake(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
+    in_features = arguments[_WEIGHT_ARGUMENTS - 1]
+    lora_A, lora_B, *_, need_x, need_lora, _backend = arguments[_WEIGHT_ARGUMENTS:]
+    wanted = [p.new_empty(p.shape) for p, need in zip([*lora_A, *lora_B], need_lora, strict=True) if need]
+    return [grad.new_empty(*grad.shape[:-1], in_features), *wanted] if need_x else wanted
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight = inputs[0], inputs[1 : 1 + _WEIGHT_ARGUMENTS]
+    lora_A, lora_B, scaling, dropout_p, seed, _bias, backend = inputs[1 + _WEIGHT_ARGUMENTS :]
+    ctx.set_materialize_grads(False)
+    ctx.count = len(lora_A)
+    ctx.options = (weight[4:], scaling, dropout_p, backend)
+    need_A = any(a.requires_grad for a in lora_A)
+    ctx.save_for_backward(x if need_A else None, *weight[:4], *lora_A, *lora_B, seed, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[Any, ...]:
+    no_weight: list[None] = [None] * _WEIGHT_ARGUMENTS
+    need_x, need_A, need_B, need_bias = (ctx.needs_input_grad[i] for i in (0, 10, 11, 15))
+    nothing: list[Tensor | None] = [None] * ctx.count
+    if grad is None:
+        return None, *no_weight, nothing, nothing, None, None, None, None, None
+    x, *tensors, seed, h = ctx.saved_tensors
+    weight_tensors, lora_A, lora_B = tensors[:4], tensors[4 : 4 + ctx.count], tensors[4 + ctx.count :]
+    weight_options, scaling, dropout_p, backend = ctx.options
+    need_lora = [*need_A, *need_B]
+    weight = (*weight_tensors, *weight_options)
+    adapters = (lora_A, lora_B, scaling, dropout_p, seed)
+    gradients: list[Tensor] = []
+    if need_x or any(need_lora):
+        gradients = torch.ops.peftkern.lora_linear_backward(grad, x, *weight, *adapters, h, need_x, need_lora, backend)
+    remaining = iter(gradients)
+    grad_x = next(remaining) if need_x else None
+    grad_lora = [next(remaining) if need else None for need in need_lora]
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+    return grad_x, *no_weight, grad_lora[: ctx.count], grad_lora[ctx.count :], None, None, None, grad_bias, None
+
+
+_forward_operator.register_autograd(_backward, setup_context=_setup_context)
