@@ -1,0 +1,125 @@
+"""The one table of benchmarks. A new benchmark is one more entry here and the function that the entry names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from peftkern.bench.errors import BenchError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Environment variables for the process in which a benchmark's cases run. ``label`` is added to their names."""
+
+    label: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+AS_SHIPPED = Setting()
+
+ALLOCATOR_TUNED = Setting(
+    "allocator tuned",
+    {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"},
+)
+"""glibc keeps large buffers instead of giving them back. The peer decodes each weight into a fresh buffer, and by
+default pays for page faults every time: this takes them away. Both sides run in it."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A name, and the function that yields its cases.
+
+    ``cases`` is ``"module:function"``, so that listing the names imports nothing. The function takes no arguments and
+    yields :class:`Case` (to be timed) or :class:`Measurement` (measured by the benchmark itself). It runs once per
+    setting, in a fresh process, and each case is measured before the next is asked for. ``packages`` are the peer's.
+    """
+
+    name: str
+    summary: str
+    cases: str
+    settings: Sequence[Setting] = (AS_SHIPPED,)
+    packages: Sequence[str] = ("peft", "bitsandbytes")
+
+
+_BOTH_ALLOCATORS = (AS_SHIPPED, ALLOCATOR_TUNED)
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "linear-nf4-highest",
+            "one NF4 LoRA linear 4096x4096, r=16, forward and backward, fp32 at precision 'highest'",
+            "peftkern.bench.linear:highest",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "linear-nf4-high",
+            "the same, fp32 at precision 'high'",
+            "peftkern.bench.linear:high",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "linear-nf4-bf16",
+            "the same, bf16 activations and compute",
+            "peftkern.bench.linear:bf16",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "step-smollm2",
+            "a training step of SmolLM2-135M, NF4 double-quantized, LoRA r=16 on all linears, fp32",
+            "peftkern.bench.step:cases",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "memory-smollm2",
+            "peak resident memory of that step, each side in a fresh process",
+            "peftkern.bench.memory:cases",
+        ),
+        Benchmark(
+            "quantize",
+            "NF4 quantize and dequantize of a 4096x4096 weight",
+            "peftkern.bench.quantize:cases",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "loss-parity",
+            "the loss over 20 seeded training steps of SmolLM2-135M, fp32 at precision 'highest'",
+            "peftkern.bench.loss:cases",
+        ),
+    )
+}
+
+
+def find(names: Sequence[str]) -> list[Benchmark]:
+    """The benchmarks of these names, in this order, each once; all of them for an empty list.
+
+    Raises:
+        BenchError: a name is unknown; the message lists the known ones.
+    """
+    if not names:
+        return list(BENCHMARKS.values())
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        raise BenchError(_describe_unknown(unknown))
+    return [BENCHMARKS[name] for name in dict.fromkeys(names)]
+
+
+def _describe_unknown(unknown: Sequence[str]) -> str:
+    close = difflib.get_close_matches(unknown[0], BENCHMARKS, n=1)
+    guess = f" (did you mean {close[0]!r}?)" if close else ""
+    quoted = ", ".join(repr(name) for name in unknown)
+    return f"NAME: unknown benchmark {quoted}{guess}; known are: {', '.join(BENCHMARKS)}"
+
+
+def require_packages(benchmarks: Sequence[Benchmark]) -> None:
+    """Raise :class:`BenchError` unless every package that the peers need is installed; the message says how to."""
+    wanted = dict.fromkeys(package for benchmark in benchmarks for package in benchmark.packages)
+    missing = [package for package in wanted if importlib.util.find_spec(package) is None]
+    if missing:
+        raise BenchError(
+            f"these benchmarks run the peer beside peftkern and need {', '.join(missing)}, which is not installed; "
+            f"install it with: pip install 'peftkern[bench]'"
+        )
