@@ -356,8 +356,10 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     no_weight: list[None] = [None] * _WEIGHT_ARGUMENTS
     need_x, need_A, need_B, need_bias = (ctx.needs_input_grad[i] for i in (0, 10, 11, 15))
     nothing: list[Tensor | None] = [None] * ctx.count
+    # torch.library takes an empty list of numbers for a list of no tensors, and wants one back
+    numbers: list[None] | None = None if ctx.count else []
     if grad is None:
-        return None, *no_weight, nothing, nothing, None, None, None, None, None
+        return None, *no_weight, nothing, nothing, numbers, numbers, None, None, None
     x, *tensors, seed, h = ctx.saved_tensors
     weight_tensors, lora_A, lora_B = tensors[:4], tensors[4 : 4 + ctx.count], tensors[4 + ctx.count :]
     weight_options, scaling, dropout_p, backend = ctx.options
@@ -371,7 +373,8 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     grad_x = next(remaining) if need_x else None
     grad_lora = [next(remaining) if need else None for need in need_lora]
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-    return grad_x, *no_weight, grad_lora[: ctx.count], grad_lora[ctx.count :], None, None, None, grad_bias, None
+    grad_A, grad_B = grad_lora[: ctx.count], grad_lora[ctx.count :]
+    return grad_x, *no_weight, grad_A, grad_B, numbers, numbers, None, grad_bias, None
 
 
 _forward_operator.register_autograd(_backward, setup_context=_setup_context)
