@@ -1,0 +1,7 @@
+"""The operations: what each one means, its checks, and a reference in plain PyTorch."""
+
+from peftkern.ops.dequantize import dequantize
+from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.quantize import quantize
+
+__all__ = ["dequantize", "lora_linear", "quantize"]
