@@ -1,0 +1,129 @@
+// The only file that knows Python. Tensors arrive as addresses, sizes and strides: peftkern/backends/cpu.py checks them,
+// and the module works with every version of PyTorch. The GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "cpu/parallel.h"
+#include "cpu/product.h"
+
+namespace py = pybind11;
+using namespace peftkern;
+
+namespace {
+
+template <class T>
+const T* pointer(uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+// (data, encoding, rows, columns, row_stride, codebook, block_shift,
+//  scales, scale_codebook, scales_absmax, scales_offset, scales_block_shift)
+using WeightTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, int, uintptr_t, uintptr_t,
+                               uintptr_t, float, int>;
+
+Weight to_weight(const WeightTuple& t) {
+  Weight w;
+  w.data = pointer<void>(std::get<0>(t));
+  w.encoding = static_cast<Encoding>(std::get<1>(t));
+  w.rows = std::get<2>(t);
+  w.columns = std::get<3>(t);
+  w.row_stride = std::get<4>(t);
+  w.codebook = pointer<float>(std::get<5>(t));
+  w.block_shift = std::get<6>(t);
+  w.scales = pointer<void>(std::get<7>(t));
+  w.scale_codebook = pointer<float>(std::get<8>(t));
+  w.scales_absmax = pointer<float>(std::get<9>(t));
+  w.scales_offset = std::get<10>(t);
+  w.scales_block_shift = std::get<11>(t);
+  return w;
+}
+
+// (seed, adapter, p); p = 0 drops nothing
+using DropoutTuple = std::tuple<uint64_t, uint32_t, double>;
+
+Dropout to_dropout(const DropoutTuple& t) {
+  const double p = std::get<2>(t);
+  Dropout d;
+  d.seed = std::get<0>(t);
+  d.adapter = std::get<1>(t);
+  d.threshold = static_cast<uint64_t>(__builtin_nearbyint(p * 4294967296.0));
+  d.keep_scale = p >= 1.0 ? 0.0f : static_cast<float>(1.0 / (1.0 - p));
+  return d;
+}
+
+// (left, left_stride, right, right_stride, rank, dropout)
+using LowRankTuple = std::tuple<uintptr_t, int64_t, uintptr_t, int64_t, int64_t, DropoutTuple>;
+
+std::vector<cpu::LowRank> to_low_rank(const std::vector<LowRankTuple>& tuples) {
+  std::vector<cpu::LowRank> terms;
+  for (const LowRankTuple& t : tuples)
+    terms.push_back({pointer<float>(std::get<0>(t)), std::get<1>(t), pointer<float>(std::get<2>(t)), std::get<3>(t),
+                     std::get<4>(t), to_dropout(std::get<5>(t))});
+  return terms;
+}
+
+// (data, dtype, token_stride, feature_stride, dropout)
+using ActivationsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, DropoutTuple>;
+
+void product(const std::string& isa, const ActivationsTuple& activations, int64_t tokens, const WeightTuple& weight,
+             const DropoutTuple& weight_dropout, bool transposed, float alpha,
+             const std::vector<LowRankTuple>& low_rank, uintptr_t bias, uintptr_t out, int out_dtype,
+             int64_t out_stride, int precision, int threads) {
+  const std::vector<cpu::LowRank> terms = to_low_rank(low_rank);
+  cpu::Product p;
+  p.activations = {pointer<void>(std::get<0>(activations)), static_cast<DType>(std::get<1>(activations)),
+                   std::get<2>(activations), std::get<3>(activations), to_dropout(std::get<4>(activations))};
+  p.weight = to_weight(weight);
+  p.weight_dropout = to_dropout(weight_dropout);
+  p.transposed = transposed;
+  p.tokens = tokens;
+  p.alpha = alpha;
+  p.low_rank = terms.data();
+  p.low_rank_count = static_cast<int64_t>(terms.size());
+  p.bias = pointer<float>(bias);
+  p.out = reinterpret_cast<void*>(out);
+  p.out_dtype = static_cast<DType>(out_dtype);
+  p.out_stride = out_stride;
+  p.precision = static_cast<cpu::Precision>(precision);
+  p.threads = threads;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_product(kernels, p);
+}
+
+py::list instruction_sets() {
+  py::list rows;
+  for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
+    py::dict row;
+    row["name"] = set.name;
+    row["supported"] = set.supported();
+    row["native_bfloat16"] = set.kernels()->native_bfloat16;
+    row["native_float16"] = set.kernels()->native_float16;
+    rows.append(row);
+  }
+  return rows;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "Native CPU kernels of peftkern";
+  module.def("instruction_sets", &instruction_sets, "Built instruction sets, the most capable first.");
+  module.def(
+      "best_instruction_set",
+      [](std::optional<std::string> name) {
+        return std::string(cpu::find_instruction_set(name ? name->c_str() : nullptr).name);
+      },
+      py::arg("name"), "The one named, or the best that runs here; ValueError where it does not.");
+  module.def("thread_source", &cpu::thread_source, "The OpenMP library whose threads are used, or 'std::thread'.");
+  module.def("product", &product, py::arg("isa"), py::arg("activations"), py::arg("tokens"), py::arg("weight"),
+             py::arg("weight_dropout"), py::arg("transposed"), py::arg("alpha"), py::arg("low_rank"), py::arg("bias"),
+             py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"), py::arg("precision"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Product, says what is computed.");
+}

@@ -1,0 +1,12 @@
+#include <immintrin.h>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#define PEFTKERN_ISA_NAME "avx2"
+#define PEFTKERN_VECTOR_DECODE
+namespace peftkern::cpu::avx2 {
+#include "cpu/isa/simd_avx2.h"
+//
+#include "cpu/isa/kernels.inl.h"
+}  // namespace peftkern::cpu::avx2

@@ -1,0 +1,13 @@
+#include <immintrin.h>
+#include <cstring>
+
+#include "cpu/kernels.h"
+
+#define PEFTKERN_ISA_NAME "avx512bf16"
+#define PEFTKERN_VECTOR_DECODE
+#define PEFTKERN_VECTOR_FORMS
+namespace peftkern::cpu::avx512bf16 {
+#include "cpu/isa/simd_avx512.h"
+//
+#include "cpu/isa/kernels.inl.h"
+}  // namespace peftkern::cpu::avx512bf16

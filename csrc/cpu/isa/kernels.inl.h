@@ -1,0 +1,15 @@
+// Everything that is compiled once per instruction set. The including file has opened the namespace of that set and
+// included one of the simd_*.h files.
+#pragma once
+#include "cpu/isa/tiles.inl.h"
+//
+#include "cpu/isa/panels.inl.h"
+//
+#include "cpu/isa/product.inl.h"
+
+const Kernels* kernels() {
+  static constexpr Kernels table = {
+      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16, product_scratch, product_tasks, product_task,
+  };
+  return &table;
+}

@@ -1,0 +1,303 @@
+// Panels: a block of the weight decoded into the order in which the tiles read it, [panel][k][columns].
+//
+// Reduced along its columns (forward), the weight has to be turned: a register of 16 rows x 4 bytes is transposed as
+// bytes, and each of its codes becomes 16 floats of 16 rows with one shift, one look-up and one multiplication.
+// Reduced along its rows (dX), rows are decoded as they lie. Whatever these two do not take (rows whose length is no
+// multiple of the vector, encodings that straddle a byte) is decoded element by element.
+#pragma once
+
+struct Panels {
+  void* data;
+  int64_t width;      // columns of a panel
+  int64_t column;     // of the first panel, within the task
+  int64_t count;
+  int64_t steps;      // k of this block
+  int64_t allocated;  // k that one panel has room for, even
+  float scale;        // float16 form: a power of two that brings the values near 1
+};
+
+// Two consecutive terms (k even) of kLanes columns.
+template <Precision kForm>
+static inline void put(const Panels& panels, int64_t panel, int64_t k, int64_t column, Float first, Float second) {
+  const int64_t position = (panel * panels.allocated + k) * panels.width + column;
+#ifdef PEFTKERN_VECTOR_FORMS
+  if constexpr (kForm == Precision::bfloat16) {
+    const int64_t pair = (panel * panels.allocated / 2 + k / 2) * panels.width + column;
+    store_int(static_cast<float*>(panels.data) + pair, pair_bfloat16(first, second));
+    return;
+  }
+  if constexpr (kForm == Precision::float16) {
+    uint16_t* halves = static_cast<uint16_t*>(panels.data) + position;
+    store_halves(halves, mul(first, broadcast(panels.scale)));
+    store_halves(halves + panels.width, mul(second, broadcast(panels.scale)));
+    return;
+  }
+#endif
+  float* floats = static_cast<float*>(panels.data) + position;
+  store(floats, first);
+  store(floats + panels.width, second);
+}
+
+static inline bool even_blocks(const Weight& weight, int64_t multiple) {
+  return !weight_quantized(weight) || weight.columns % multiple == 0 || weight.block_shift < 0;
+}
+
+static inline void apply_dropout(float* values, int64_t count, const Dropout& dropout, int64_t row, int64_t column) {
+  const uint32_t key = dropout_row_key(dropout, static_cast<uint32_t>(row));
+  for (int64_t i = 0; i < count; ++i)
+    values[i] *= dropout_factor(dropout, key, static_cast<uint32_t>(column + i));
+}
+
+// ---- element by element
+
+static inline Float decode_lanes_along_rows(const Weight& weight, int64_t row, int64_t column) {
+  alignas(64) float values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool inside = row + lane < weight.rows && column < weight.columns;
+    values[lane] = inside ? weight_value(weight, row + lane, column) : 0.0f;
+  }
+  return load(values);
+}
+
+static inline Float decode_lanes_along_columns(const Weight& weight, int64_t row, int64_t column) {
+  alignas(64) float values[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const bool inside = row < weight.rows && column + lane < weight.columns;
+    values[lane] = inside ? weight_value(weight, row, column + lane) : 0.0f;
+  }
+  return load(values);
+}
+
+// ---- vectors
+
+#ifdef PEFTKERN_VECTOR_DECODE
+// How an encoding unpacks: `kPerDword` elements in 4 bytes, element `i` of every lane's 4 bytes as floats, and kLanes
+// consecutive elements of a row as floats.
+struct Code4 {
+  static constexpr int kPerDword = 8;
+  Codebook16 book;
+  explicit Code4(const Weight& weight) : book(load_codebook16(weight.codebook)) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return lookup16(book, shift_right<(i / 2) * 8 + (i % 2 == 0 ? 4 : 0)>(dwords));
+  }
+  Float row(const void* data, int64_t index) const {
+    return lookup16(book, expand_nibbles(static_cast<const uint8_t*>(data) + index / 2));
+  }
+};
+
+struct Code8 {
+  static constexpr int kPerDword = 4;
+  const float* book;
+  explicit Code8(const Weight& weight) : book(weight.codebook) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return lookup256(book, and_int(shift_right<8 * i>(dwords), 0xFFu));
+  }
+  Float row(const void* data, int64_t index) const {
+    return lookup256(book, expand_bytes(static_cast<const uint8_t*>(data) + index));
+  }
+};
+
+struct Int8 {
+  static constexpr int kPerDword = 4;
+  explicit Int8(const Weight&) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return to_float(shift_right_signed<24>(shift_left<24 - 8 * i>(dwords)));
+  }
+  Float row(const void* data, int64_t index) const {
+    return to_float(expand_signed_bytes(static_cast<const int8_t*>(data) + index));
+  }
+};
+
+struct Float32 {
+  static constexpr int kPerDword = 1;
+  explicit Float32(const Weight&) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return as_float(dwords);
+  }
+  Float row(const void* data, int64_t index) const { return load(static_cast<const float*>(data) + index); }
+};
+
+struct Bfloat16 {
+  static constexpr int kPerDword = 2;
+  explicit Bfloat16(const Weight&) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return as_float(i == 0 ? shift_left<16>(dwords) : and_int(dwords, 0xFFFF0000u));
+  }
+  Float row(const void* data, int64_t index) const {
+    return as_float(shift_left<16>(expand_words(static_cast<const uint16_t*>(data) + index)));
+  }
+};
+
+struct Float16 {
+  static constexpr int kPerDword = 2;
+  explicit Float16(const Weight&) {}
+  template <int i>
+  Float element(Int dwords) const {
+    return half_to_float(i == 0 ? dwords : shift_right<16>(dwords));
+  }
+  Float row(const void* data, int64_t index) const {
+    return half_to_float(expand_words(static_cast<const uint16_t*>(data) + index));
+  }
+};
+
+// The scales of kLanes rows at one column, fetched again only where the block changes.
+struct RowScales {
+  const Weight& weight;
+  int64_t row;
+  int64_t fetched = -1;
+  bool aligned;  // all rows change their block at the same column
+  Float value;
+
+  RowScales(const Weight& weight_, int64_t row_)
+      : weight(weight_), row(row_),
+        aligned(weight_.block_shift < 0 || weight_.columns % (int64_t{1} << weight_.block_shift) == 0), value(zero()) {}
+
+  Float at(int64_t column) {
+    const int64_t column_block = weight.block_shift < 0 ? 0 : column >> weight.block_shift;
+    if (aligned && column_block == fetched) return value;
+    fetched = column_block;
+    alignas(64) float scales[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t r = row + lane < weight.rows ? row + lane : weight.rows - 1;
+      scales[lane] = weight_scale(weight, weight_block(weight, r, column));
+    }
+    value = load(scales);
+    return value;
+  }
+};
+
+template <class Encoded, int i>
+static inline void unpack_dword(const Encoded& encoded, const Int* dwords, Float* values) {
+  if constexpr (i < 8) {
+    values[i] = encoded.template element<i % Encoded::kPerDword>(dwords[i / Encoded::kPerDword]);
+    unpack_dword<Encoded, i + 1>(encoded, dwords, values);
+  }
+}
+
+template <class Encoded, Precision kForm>
+static void decode_along_columns(const Weight& weight, int64_t row0, int64_t k0, const Panels& panels) {
+  const Encoded encoded(weight);
+  const bool scaled = weight_quantized(weight);
+  const int64_t bits = 32 / Encoded::kPerDword;
+  const int64_t row_elements = scaled ? weight.columns : weight.row_stride;
+  const int64_t block_bytes = (panels.steps * bits + 7) / 8;
+  for (int64_t vector = 0; vector < panels.count * panels.width / kLanes; ++vector) {
+    const int64_t row = row0 + vector * kLanes;
+    const int64_t panel = vector * kLanes / panels.width, column = vector * kLanes % panels.width;
+    const uint8_t* rows[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t r = row + lane < weight.rows ? row + lane : weight.rows - 1;
+      rows[lane] = static_cast<const uint8_t*>(weight.data) + ((r * row_elements + k0) * bits) / 8;
+    }
+    RowScales scales(weight, row);
+    for (int64_t byte = 0; byte < block_bytes; byte += 4 * kLanes) {
+      Int dwords[kLanes];
+      for (int lane = 0; lane < kLanes; ++lane) dwords[lane] = load_bytes(rows[lane] + byte, block_bytes - byte);
+      transpose(dwords);
+      const int64_t first = byte * 8 / bits;
+      for (int64_t k = first; k < first + kLanes * Encoded::kPerDword && k < panels.steps; k += 8) {
+        Float values[8];
+        unpack_dword<Encoded, 0>(encoded, dwords + (k - first) / Encoded::kPerDword, values);
+        if (scaled) {
+          const Float scale = scales.at(k0 + k);
+          for (int i = 0; i < 8; ++i) values[i] = mul(values[i], scale);
+        }
+        for (int64_t i = 0; i < 8 && k + i < panels.steps; i += 2)
+          put<kForm>(panels, panel, k + i, column, values[i], values[i + 1]);
+      }
+    }
+  }
+}
+
+// The scale along one row, fetched again only where the block changes.
+struct ColumnScale {
+  int64_t fetched = -1;
+  Float value = zero();
+
+  Float at(const Weight& weight, int64_t row, int64_t column) {
+    const int64_t block = weight_block(weight, row, column);
+    if (block == fetched) return value;
+    fetched = block;
+    value = broadcast(weight_scale(weight, block));
+    return value;
+  }
+};
+
+template <class Encoded>
+static inline Float decode_row_vector(const Encoded& encoded, const Weight& weight, int64_t row, int64_t column,
+                                      ColumnScale& scale) {
+  if (column + kLanes > weight.columns) return decode_lanes_along_columns(weight, row, column);
+  if (!weight_quantized(weight)) return encoded.row(weight.data, row * weight.row_stride + column);
+  return mul(encoded.row(weight.data, row * weight.columns + column), scale.at(weight, row, column));
+}
+
+template <class Encoded, Precision kForm>
+static void decode_along_rows(const Weight& weight, int64_t column0, int64_t k0, const Panels& panels) {
+  const Encoded encoded(weight);
+  for (int64_t k = 0; k < panels.steps; k += 2) {
+    const bool has_second = k + 1 < panels.steps;
+    ColumnScale first_scale, second_scale;
+    int64_t column = column0;
+    for (int64_t panel = 0; panel < panels.count; ++panel)
+      for (int64_t lane = 0; lane < panels.width; lane += kLanes, column += kLanes) {
+        const Float first = decode_row_vector(encoded, weight, k0 + k, column, first_scale);
+        const Float second =
+            has_second ? decode_row_vector(encoded, weight, k0 + k + 1, column, second_scale) : zero();
+        put<kForm>(panels, panel, k, lane, first, second);
+      }
+  }
+}
+
+template <class Encoded, Precision kForm>
+static void decode_vectors(const Weight& weight, bool transposed, int64_t output0, int64_t k0, const Panels& panels) {
+  if (transposed)
+    decode_along_rows<Encoded, kForm>(weight, output0, k0, panels);
+  else
+    decode_along_columns<Encoded, kForm>(weight, output0, k0, panels);
+}
+#endif
+
+template <Precision kForm>
+static void decode_elements(const Weight& weight, bool transposed, int64_t output0, int64_t k0, const Panels& panels) {
+  for (int64_t vector = 0; vector < panels.count * panels.width / kLanes; ++vector) {
+    const int64_t output = output0 + vector * kLanes;
+    for (int64_t k = 0; k < panels.steps; k += 2) {
+      Float pair[2];
+      for (int i = 0; i < 2; ++i)
+        pair[i] = k + i >= panels.steps ? zero()
+                  : transposed          ? decode_lanes_along_columns(weight, k0 + k + i, output)
+                                        : decode_lanes_along_rows(weight, output, k0 + k + i);
+      put<kForm>(panels, vector * kLanes / panels.width, k, vector * kLanes % panels.width, pair[0], pair[1]);
+    }
+  }
+}
+
+// A dense float32 weight whose rows are tokens under dropout (dA reads x this way).
+static void drop_panels(const Dropout& dropout, int64_t column0, int64_t k0, const Panels& panels) {
+  for (int64_t panel = 0; panel < panels.count; ++panel)
+    for (int64_t k = 0; k < panels.steps; ++k)
+      apply_dropout(static_cast<float*>(panels.data) + (panel * panels.allocated + k) * panels.width, panels.width,
+                    dropout, k0 + k, column0 + panel * panels.width);
+}
+
+template <Precision kForm>
+static void decode_panels(const Weight& weight, bool transposed, int64_t output0, int64_t k0, const Panels& panels) {
+#ifdef PEFTKERN_VECTOR_DECODE
+  if (even_blocks(weight, transposed ? kLanes : 8)) {
+    switch (weight.encoding) {
+      case Encoding::code4: return decode_vectors<Code4, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::code8: return decode_vectors<Code8, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::int8: return decode_vectors<Int8, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::float32: return decode_vectors<Float32, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::bfloat16: return decode_vectors<Bfloat16, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::float16: return decode_vectors<Float16, kForm>(weight, transposed, output0, k0, panels);
+    }
+  }
+#endif
+  decode_elements<kForm>(weight, transposed, output0, k0, panels);
+}

@@ -1,0 +1,459 @@
+// The product behind lora_linear and its gradients; kernels.h says what it computes.
+//
+// A task owns a range of outputs (and of tokens, where there are too few outputs to go round). For each block of
+// features it decodes its part of the weight once, into panels that stay in the L2 cache, and walks over all tokens with
+// register tiles; the low-rank terms are one more block of features in the same accumulators. Where one tile holds all
+// tokens a panel is used once, so it is made small enough for the L1 cache, and the activations are packed once.
+// Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of threads.
+#pragma once
+
+constexpr int64_t kFeatureBlock = 256;     // 256 x 32 floats: a panel of 32 KB
+constexpr int64_t kPanelsPerTask = 16;     // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
+constexpr int64_t kFewFeatureBlock = 128;  // one tile of tokens, weight reduced along columns: 16 KB, one panel
+constexpr int64_t kFewRowBlock = 32;       // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
+                                           // so that a row is decoded in one sweep over its cache lines
+constexpr int64_t kTokenBlock = 2048;      // bounds the scratch for 16-bit outputs; the weight is decoded once per block
+constexpr int64_t kTasksPerThread = 4;     // enough for a thread that is held up to lose little
+
+static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Schedule {
+  Precision form;
+  int tile_rows;
+  int64_t width;            // of a panel
+  int64_t low_rank_width;   // of a panel of the low-rank terms, which are always float32
+  int64_t panels_per_task;
+  int64_t output_tasks;
+  int64_t token_tasks;
+  int64_t tokens_per_task;
+  bool one_tile;            // every token of a task fits into one tile
+};
+
+static Precision available_form(const Product& p) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  return p.precision;
+#else
+  (void)p;
+  return Precision::float32;
+#endif
+}
+
+static Schedule make_schedule(const Product& p) {
+  Schedule s;
+  const int64_t outputs = product_outputs(p);
+  s.form = available_form(p);
+  s.tile_rows = kTileRows;
+  s.width = outputs <= kLanes && s.form == Precision::float32 ? kLanes : 2 * kLanes;
+  s.low_rank_width = s.width;
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (s.form == Precision::float16) {
+    s.tile_rows = kHalfTileRows;
+    s.width = 2 * kHalfLanes;
+  }
+#endif
+  const int64_t panels = divide_up(outputs, s.width);
+  const int64_t most = kPanelsPerTask * 2 * kLanes / s.width;
+  s.panels_per_task = maximum(1, minimum(most, panels / (kTasksPerThread * p.threads)));
+  s.output_tasks = divide_up(panels, s.panels_per_task);
+  const int64_t wanted = s.output_tasks >= p.threads ? 1 : divide_up(p.threads, s.output_tasks);
+  s.token_tasks = maximum(1, minimum(wanted, p.tokens / s.tile_rows));
+  s.tokens_per_task = divide_up(divide_up(p.tokens, s.token_tasks), s.tile_rows) * s.tile_rows;
+  s.token_tasks = divide_up(p.tokens, s.tokens_per_task);
+  s.one_tile = minimum(s.tokens_per_task, p.tokens) <= s.tile_rows;
+  return s;
+}
+
+// Tiles of nearly equal height: 16 tokens are 8 + 8, not 14 + 2.
+static inline int tile_height(int64_t tokens, int tile_rows) {
+  return static_cast<int>(divide_up(tokens, divide_up(tokens, tile_rows)));
+}
+
+static Tile find_tile(Precision form, int rows, int64_t width) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (form == Precision::bfloat16) return TileTable<Bfloat16Step, 2, kTileRows>::get(rows);
+  if (form == Precision::float16) return HalfTileTable<kHalfTileRows>::get(rows);
+#else
+  (void)form;
+#endif
+  if (width == kLanes) return TileTable<Float32Step, 1, kTileRows>::get(rows);
+  return TileTable<Float32Step, 2, kTileRows>::get(rows);
+}
+
+// ---- memory of one task
+
+struct Scratch {
+  void* panels;
+  float* staged;       // activations of one tile as floats, [row][feature]
+  void* activations;   // the same in the order of the tile, [feature][row]; one block, or all where one_tile
+  float* row_scales;   // float16 form: of the rows, for each block of features
+  float* corner;       // a tile that does not fit into the output
+  float* sums;         // output block of a 16-bit output
+};
+
+static inline int64_t staged_stride() { return kFeatureBlock + kLanes; }
+
+static int64_t longest_reduction(const Product& p) {
+  int64_t longest = product_features(p);
+  for (int64_t i = 0; i < p.low_rank_count; ++i) longest = maximum(longest, p.low_rank[i].rank);
+  return longest;
+}
+
+static size_t carve(const Product& p, const Schedule& s, uint8_t* memory, Scratch* scratch) {
+  size_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    uint8_t* here = memory + used;
+    used += static_cast<size_t>(divide_up(bytes, 64) * 64);
+    return here;
+  };
+  const int64_t rows = 16;
+  Scratch parts;
+  parts.panels = take(s.panels_per_task * s.width * kFeatureBlock * 4);
+  parts.staged = reinterpret_cast<float*>(take(rows * staged_stride() * 4));
+  const int64_t packed = s.one_tile ? longest_reduction(p) : kFeatureBlock;
+  parts.activations = take((packed + kFeatureBlock) * rows * 4);
+  parts.row_scales = reinterpret_cast<float*>(take((packed / kFewRowBlock + 1) * rows * 4));
+  parts.corner = reinterpret_cast<float*>(take(rows * s.width * 4));
+  const bool buffered = p.out_dtype != DType::float32;
+  const int64_t tokens = minimum(s.tokens_per_task, kTokenBlock);
+  parts.sums = reinterpret_cast<float*>(take(buffered ? tokens * s.panels_per_task * s.width * 4 : 0));
+  if (scratch != nullptr) *scratch = parts;
+  return used;
+}
+
+// ---- activations
+
+static void stage_row(const Activations& a, int64_t token, int64_t k0, int64_t steps, float* staged) {
+  const int64_t begin = token * a.token_stride + k0 * a.feature_stride;
+  if (a.feature_stride == 1 && a.dtype == DType::float32) {
+    std::memcpy(staged, static_cast<const float*>(a.data) + begin, static_cast<size_t>(steps) * sizeof(float));
+  } else if (a.feature_stride == 1 && a.dtype == DType::bfloat16) {
+    const uint16_t* source = static_cast<const uint16_t*>(a.data) + begin;
+    for (int64_t i = 0; i < steps; ++i) staged[i] = bfloat16_to_float(source[i]);
+  } else {
+    for (int64_t i = 0; i < steps; ++i) staged[i] = load_float(a.data, a.dtype, begin + i * a.feature_stride);
+  }
+  if (dropout_active(a.dropout)) apply_dropout(staged, steps, a.dropout, token, k0);
+}
+
+#ifdef PEFTKERN_VECTOR_FORMS
+// A power of two that brings the row's largest element to [256, 512): 64 products with values below 1 then stay within
+// float16, and small elements keep their precision. Returns 1 for a row of zeros or with infinities.
+static float half_row_scale(const float* row, int64_t steps) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < steps; ++i) {
+    const uint32_t magnitude = float_bits(row[i]) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const int32_t exponent = static_cast<int32_t>(largest >> 23);
+  if (exponent == 0 || exponent == 255) return 1.0f;
+  const int32_t wanted = 127 + 8 - (exponent - 127);
+  return bits_float(static_cast<uint32_t>(wanted > 254 ? 254 : wanted < 1 ? 1 : wanted) << 23);
+}
+#endif
+
+#ifdef PEFTKERN_VECTOR_DECODE
+static void turn_activations(const float* staged, Precision form, int rows, int64_t steps, void* packed) {
+  if (rows == 1 && form == Precision::float32) {
+    std::memcpy(packed, staged, static_cast<size_t>(steps) * sizeof(float));
+    return;
+  }
+  for (int64_t k = 0; k < steps; k += kLanes) {
+    Int block[kLanes];
+    for (int row = 0; row < kLanes; ++row) block[row] = load_int(staged + (row < rows ? row : 0) * staged_stride() + k);
+    transpose(block);
+#ifdef PEFTKERN_VECTOR_FORMS
+    if (form == Precision::bfloat16) {
+      float* pairs = static_cast<float*>(packed) + k / 2 * rows;
+      for (int i = 0; i < kLanes; i += 2)
+        store_int(pairs + i / 2 * rows, pair_bfloat16(as_float(block[i]), as_float(block[i + 1])));
+      continue;
+    }
+    if (form == Precision::float16) {
+      uint16_t* halves = static_cast<uint16_t*>(packed) + k * rows;
+      for (int i = 0; i < kLanes; ++i) store_halves(halves + i * rows, as_float(block[i]));
+      continue;
+    }
+#else
+    (void)form;
+#endif
+    float* floats = static_cast<float*>(packed) + k * rows;
+    for (int i = 0; i < kLanes; ++i) store_int(floats + i * rows, block[i]);
+  }
+}
+#else
+static void turn_activations(const float* staged, Precision, int rows, int64_t steps, void* packed) {
+  float* floats = static_cast<float*>(packed);
+  for (int64_t k = 0; k < steps; ++k)
+    for (int row = 0; row < rows; ++row) floats[k * rows + row] = staged[row * staged_stride() + k];
+}
+#endif
+
+// Where the block of features that begins at k0 lies among the packed activations, and its row scales.
+static inline void* packed_at(void* activations, Precision form, int rows, int64_t k0) {
+  return static_cast<uint8_t*>(activations) + k0 * rows * (form == Precision::float32 ? 4 : 2);
+}
+
+// Packs `rows` tokens and `steps` features from k0 on.
+static void pack_activations(const Activations& a, float* stage, Precision form, int64_t token, int rows, int64_t k0,
+                             int64_t steps, void* packed, float* row_scales) {
+  for (int row = 0; row < rows; ++row) {
+    float* staged = stage + row * staged_stride();
+    stage_row(a, token + row, k0, steps, staged);
+    std::memset(staged + steps, 0, kLanes * sizeof(float));
+#ifdef PEFTKERN_VECTOR_FORMS
+    if (form == Precision::float16) {
+      const float scale = half_row_scale(staged, steps);
+      for (int64_t i = 0; i < steps; ++i) staged[i] *= scale;
+      row_scales[row] = 1.0f / scale;
+    }
+#else
+    (void)row_scales;
+#endif
+  }
+  turn_activations(stage, form, rows, steps, packed);
+}
+
+static inline int64_t tile_steps(Precision form, int64_t steps) {
+  return form == Precision::bfloat16 ? divide_up(steps, 2) : steps;
+}
+
+// ---- one block of features for all tokens of a task
+
+struct Block {
+  int64_t output0, outputs;  // of the task
+  int64_t token0, tokens;    // of the token block
+  float* sums;               // where element (token0, output0) is accumulated
+  int64_t stride;
+};
+
+static void add_corner(const float* corner, int64_t width, const Block& block, int64_t row0, int rows, int64_t column,
+                       int64_t columns, bool accumulate) {
+  for (int row = 0; row < rows; ++row) {
+    float* out = block.sums + (row0 + row) * block.stride + column;
+    const float* in = corner + row * width;
+    for (int64_t i = 0; i < columns; ++i) out[i] = accumulate ? out[i] + in[i] : in[i];
+  }
+}
+
+static inline void* panel_at(const Panels& panels, Precision form, int64_t panel) {
+  const int64_t elements = panel * panels.allocated * panels.width;
+  const int64_t bytes = form == Precision::float32 ? 4 : 2;
+  return static_cast<uint8_t*>(panels.data) + elements * bytes;
+}
+
+// One tile of packed tokens against every panel.
+static void multiply_tile(const void* packed, const float* row_scales, const Panels& panels, Precision form, int64_t row0,
+                          int rows, const Scratch& scratch, const Block& block, bool accumulate, const Dropout* mask) {
+  const Tile tile = find_tile(form, rows, panels.width);
+  TileArguments arguments;
+  arguments.activations = packed;
+  arguments.steps = tile_steps(form, panels.steps);
+  arguments.row_scales = row_scales;
+  arguments.panel_scale = 1.0f / panels.scale;
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    const int64_t column = panels.column + panel * panels.width;
+    const int64_t columns = minimum(panels.width, block.outputs - column);
+    const bool direct = columns == panels.width && mask == nullptr;
+    arguments.panel = panel_at(panels, form, panel);
+    arguments.out = direct ? block.sums + row0 * block.stride + column : scratch.corner;
+    arguments.out_stride = direct ? block.stride : panels.width;
+    arguments.accumulate = direct && accumulate;
+    tile(arguments);
+    if (direct) continue;
+    if (mask != nullptr)
+      for (int row = 0; row < rows; ++row)
+        apply_dropout(scratch.corner + row * panels.width, columns, *mask, block.token0 + row0 + row,
+                      block.output0 + column);
+    add_corner(scratch.corner, panels.width, block, row0, rows, column, columns, accumulate);
+  }
+}
+
+#ifdef PEFTKERN_VECTOR_FORMS
+// float16 form: a power of two that brings the largest scale of the task's part of the weight to [0.5, 1).
+static float half_panel_scale(const Weight& weight, bool transposed, int64_t output0, int64_t outputs, int64_t k0,
+                              int64_t steps) {
+  const int64_t row0 = transposed ? k0 : output0, rows = transposed ? steps : outputs;
+  const int64_t column0 = transposed ? output0 : k0, columns = transposed ? outputs : steps;
+  float largest = 0.0f;
+  for (int64_t row = row0; row < row0 + rows; ++row) {
+    int64_t fetched = -1;
+    for (int64_t column = column0; column < column0 + columns; ++column) {
+      float magnitude;
+      if (weight_quantized(weight)) {
+        const int64_t index = weight_block(weight, row, column);
+        if (index == fetched) continue;
+        fetched = index;
+        magnitude = weight_scale(weight, index) * (weight.encoding == Encoding::int8 ? 128.0f : 1.0f);
+      } else {
+        magnitude = weight_value(weight, row, column);
+      }
+      magnitude = magnitude < 0.0f ? -magnitude : magnitude;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+  }
+  const int32_t exponent = static_cast<int32_t>(float_bits(largest) >> 23);
+  if (exponent == 0 || exponent >= 254) return 1.0f;
+  const int32_t wanted = 127 - 1 - (exponent - 127);
+  return bits_float(static_cast<uint32_t>(wanted > 254 ? 254 : wanted < 1 ? 1 : wanted) << 23);
+}
+#endif
+
+static void decode_form(const Weight& weight, bool transposed, int64_t output0, int64_t k0, Precision form,
+                        const Panels& panels) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (form == Precision::bfloat16)
+    return decode_panels<Precision::bfloat16>(weight, transposed, output0, k0, panels);
+  if (form == Precision::float16) return decode_panels<Precision::float16>(weight, transposed, output0, k0, panels);
+#else
+  (void)form;
+#endif
+  decode_panels<Precision::float32>(weight, transposed, output0, k0, panels);
+}
+
+// One operand pair: activations * weight, into the sums of a block.
+struct Pair {
+  const Activations& activations;
+  const Weight& weight;
+  const Dropout& weight_dropout;
+  bool transposed;
+  Precision form;
+  int tile_rows;
+  int64_t width;
+  const Dropout* mask;
+};
+
+static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block& block, int64_t column, int64_t columns,
+                           int64_t k0, int64_t steps) {
+  Panels panels;
+  panels.data = scratch.panels;
+  panels.width = pair.width;
+  panels.column = column;
+  panels.count = divide_up(columns, pair.width);
+  panels.steps = steps;
+  panels.allocated = divide_up(steps, 2) * 2;
+  panels.scale = 1.0f;
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (pair.form == Precision::float16)
+    panels.scale = half_panel_scale(pair.weight, pair.transposed, block.output0 + column, columns, k0, steps);
+#endif
+  decode_form(pair.weight, pair.transposed, block.output0 + column, k0, pair.form, panels);
+  if (dropout_active(pair.weight_dropout))
+    drop_panels(pair.weight_dropout, block.output0 + column, k0, panels);
+  return panels;
+}
+
+static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
+                                   bool accumulate) {
+  const int height = tile_height(block.tokens, pair.tile_rows);
+  for (int64_t k0 = 0; k0 < features; k0 += kFeatureBlock) {
+    const int64_t steps = minimum(kFeatureBlock, features - k0);
+    const Panels panels = decode_block(pair, scratch, block, 0, block.outputs, k0, steps);
+    for (int64_t row0 = 0; row0 < block.tokens; row0 += height) {
+      const int rows = static_cast<int>(minimum(height, block.tokens - row0));
+      pack_activations(pair.activations, scratch.staged, pair.form, block.token0 + row0, rows, k0, steps,
+                       scratch.activations, scratch.row_scales);
+      multiply_tile(scratch.activations, scratch.row_scales, panels, pair.form, row0, rows, scratch, block, accumulate,
+                    pair.mask);
+    }
+    accumulate = true;
+  }
+}
+
+static void accumulate_one_tile(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
+                                bool accumulate) {
+  const int rows = static_cast<int>(block.tokens);
+  const int64_t feature_block = pair.transposed ? kFewRowBlock : kFewFeatureBlock;
+  const int64_t columns_at_once = pair.transposed ? block.outputs : pair.width;
+  for (int64_t k0 = 0; k0 < features; k0 += feature_block)
+    pack_activations(pair.activations, scratch.staged, pair.form, block.token0, rows, k0,
+                     minimum(feature_block, features - k0), packed_at(scratch.activations, pair.form, rows, k0),
+                     scratch.row_scales + k0 / feature_block * rows);
+  for (int64_t column = 0; column < block.outputs; column += columns_at_once) {
+    const int64_t columns = minimum(columns_at_once, block.outputs - column);
+    for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
+      const int64_t steps = minimum(feature_block, features - k0);
+      const Panels panels = decode_block(pair, scratch, block, column, columns, k0, steps);
+      multiply_tile(packed_at(scratch.activations, pair.form, rows, k0),
+                    scratch.row_scales + k0 / feature_block * rows, panels, pair.form, 0, rows, scratch, block,
+                    accumulate || k0 > 0, pair.mask);
+    }
+  }
+}
+
+static void accumulate_pair(const Pair& pair, const Schedule& s, const Scratch& scratch, const Block& block,
+                            bool accumulate) {
+  const int64_t features = pair.transposed ? pair.weight.rows : pair.weight.columns;
+  if (s.one_tile && block.tokens <= pair.tile_rows)
+    accumulate_one_tile(pair, features, scratch, block, accumulate);
+  else
+    accumulate_many_tokens(pair, features, scratch, block, accumulate);
+}
+
+static void accumulate_low_rank(const LowRank& term, bool transposed, const Schedule& s, const Scratch& scratch,
+                                const Block& block, bool accumulate) {
+  Activations left;
+  left.data = term.left;
+  left.token_stride = term.left_stride;
+  Weight right;
+  right.data = term.right;
+  right.row_stride = term.right_stride;
+  const int64_t outputs = block.output0 + block.outputs;
+  right.rows = transposed ? term.rank : outputs;
+  right.columns = transposed ? outputs : term.rank;
+  const Dropout none;
+  const Dropout* mask = dropout_active(term.dropout) ? &term.dropout : nullptr;
+  accumulate_pair({left, right, none, transposed, Precision::float32, kTileRows, s.low_rank_width, mask}, s, scratch,
+                  block, accumulate);
+}
+
+static void finish(const Product& p, const Block& block) {
+  const bool buffered = p.out_dtype != DType::float32;
+  if (!buffered && p.alpha == 1.0f && p.bias == nullptr) return;
+  for (int64_t row = 0; row < block.tokens; ++row) {
+    float* sums = block.sums + row * block.stride;
+    if (p.alpha != 1.0f)
+      for (int64_t i = 0; i < block.outputs; ++i) sums[i] *= p.alpha;
+    if (p.bias != nullptr)
+      for (int64_t i = 0; i < block.outputs; ++i) sums[i] += p.bias[block.output0 + i];
+    const int64_t position = (block.token0 + row) * p.out_stride + block.output0;
+    if (p.out_dtype == DType::bfloat16) {
+      uint16_t* out = static_cast<uint16_t*>(p.out) + position;
+      for (int64_t i = 0; i < block.outputs; ++i) out[i] = float_to_bfloat16(sums[i]);
+    } else if (p.out_dtype == DType::float16) {
+      uint16_t* out = static_cast<uint16_t*>(p.out) + position;
+      for (int64_t i = 0; i < block.outputs; ++i) out[i] = float_to_float16(sums[i]);
+    }
+  }
+}
+
+static int64_t product_tasks(const Product& p) {
+  const Schedule s = make_schedule(p);
+  return s.output_tasks * s.token_tasks;
+}
+
+static size_t product_scratch(const Product& p) { return carve(p, make_schedule(p), nullptr, nullptr); }
+
+static void product_task(const Product& p, int64_t task, void* memory) {
+  const Schedule s = make_schedule(p);
+  Scratch scratch;
+  carve(p, s, static_cast<uint8_t*>(memory), &scratch);
+  Block block;
+  block.output0 = task % s.output_tasks * s.panels_per_task * s.width;
+  block.outputs = minimum(s.panels_per_task * s.width, product_outputs(p) - block.output0);
+  const int64_t token_begin = task / s.output_tasks * s.tokens_per_task;
+  const int64_t token_end = minimum(token_begin + s.tokens_per_task, p.tokens);
+  const bool buffered = p.out_dtype != DType::float32;
+  for (block.token0 = token_begin; block.token0 < token_end; block.token0 += kTokenBlock) {
+    block.tokens = minimum(kTokenBlock, token_end - block.token0);
+    block.stride = buffered ? s.panels_per_task * s.width : p.out_stride;
+    block.sums =
+        buffered ? scratch.sums : static_cast<float*>(p.out) + block.token0 * p.out_stride + block.output0;
+    for (int64_t i = 0; i < p.low_rank_count; ++i)
+      accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i > 0);
+    accumulate_pair({p.activations, p.weight, p.weight_dropout, p.transposed, s.form, s.tile_rows, s.width, nullptr}, s,
+                    scratch, block, p.low_rank_count > 0);
+    finish(p, block);
+  }
+}

@@ -1,0 +1,98 @@
+// The vector type of the AVX2 + FMA + F16C build: 8 floats.
+// Included inside the namespace of one instruction set; the including file sets the compiler's target.
+#pragma once
+
+constexpr int kLanes = 8;
+constexpr int kTileRows = 6;  // 6 x 2 accumulators, 2 columns of the panel, 1 broadcast: 15 of 16 registers
+constexpr bool kNativeBfloat16 = false;
+constexpr bool kNativeFloat16 = false;
+
+using Float = __m256;
+using Int = __m256i;
+
+static inline Float zero() { return _mm256_setzero_ps(); }
+static inline Float load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
+static inline Float broadcast(float v) { return _mm256_set1_ps(v); }
+static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+
+static inline Float as_float(Int v) { return _mm256_castsi256_ps(v); }
+static inline Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+static inline void store_int(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+static inline Int and_int(Int a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(b))); }
+template <int kBits>
+static inline Int shift_left(Int v) {
+  return _mm256_slli_epi32(v, kBits);
+}
+template <int kBits>
+static inline Int shift_right(Int v) {
+  return _mm256_srli_epi32(v, kBits);
+}
+template <int kBits>
+static inline Int shift_right_signed(Int v) {
+  return _mm256_srai_epi32(v, kBits);
+}
+static inline Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
+// The low 16 bits of every lane, as float16.
+static inline Float half_to_float(Int v) {
+  const __m256i words = and_int(v, 0xFFFFu);
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+static inline Float lookup256(const float* table, Int index) { return _mm256_i32gather_ps(table, index, 4); }
+
+// The first `bytes` bytes (at most 32) and zeros.
+static inline Int load_bytes(const void* p, int64_t bytes) {
+  if (bytes >= 32) return load_int(p);
+  alignas(32) uint8_t buffer[32] = {};
+  std::memcpy(buffer, p, static_cast<size_t>(bytes));
+  return load_int(buffer);
+}
+
+// A codebook of 16 values in two registers: two permutes, which read the low 3 bits of a lane, and a blend by bit 3.
+struct Codebook16 {
+  __m256 low, high;
+};
+static inline Codebook16 load_codebook16(const float* table) { return {load(table), load(table + 8)}; }
+static inline Float lookup16(const Codebook16& book, Int index) {
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(book.low, index), _mm256_permutevar8x32_ps(book.high, index),
+                          as_float(_mm256_slli_epi32(index, 28)));
+}
+
+// 8 consecutive elements of a row, each in a lane.
+static inline Int expand_nibbles(const uint8_t* p) {  // the code is in the low 4 bits; bits above are undefined
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  const __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  return _mm256_or_si256(_mm256_slli_epi64(bytes, 32), _mm256_srli_epi64(bytes, 4));
+}
+static inline Int expand_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+static inline Int expand_signed_bytes(const int8_t* p) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+static inline Int expand_words(const uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// r[i] lane j becomes r[j] lane i.
+static inline void transpose(Int r[8]) {
+  __m256i t[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  __m256i s[8];
+  for (int i = 0; i < 2; ++i) {
+    s[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    s[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    s[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    s[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2x128_si256(s[i], s[4 + i], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(s[i], s[4 + i], 0x31);
+  }
+}

@@ -1,0 +1,112 @@
+// Register-blocked tiles: out[rows, columns] (+)= packed activations * panel, in three forms of arithmetic.
+//
+// Packed activations are [k][rows], a panel is [k][columns]: each step broadcasts one activation per row and multiplies
+// it with a few vectors of the panel. Rows go from 1 to the tile's height, so that any number of tokens is a sequence of
+// full tiles; the compiler makes one function of each.
+#pragma once
+
+struct TileArguments {
+  const void* activations;
+  const void* panel;
+  int64_t steps;  // terms; pairs of terms in the bfloat16 form
+  float* out;
+  int64_t out_stride;
+  bool accumulate;
+  const float* row_scales;  // float16 form: each row's sums are multiplied by its scale and by panel_scale
+  float panel_scale;
+};
+
+using Tile = void (*)(const TileArguments&);
+
+struct Float32Step {
+  static inline Float run(const float* activation, const float* panel, Float sum) {
+    return fma(broadcast(*activation), load(panel), sum);
+  }
+};
+
+template <class Step, int kRows, int kVectors>
+static void tile(const TileArguments& arguments) {
+  const float* a = static_cast<const float*>(arguments.activations);
+  const float* b = static_cast<const float*>(arguments.panel);
+  float* out = arguments.out;
+  const int64_t stride = arguments.out_stride;
+  Float sums[kRows][kVectors];
+  for (int row = 0; row < kRows; ++row)
+    for (int v = 0; v < kVectors; ++v)
+      sums[row][v] = arguments.accumulate ? load(out + row * stride + v * kLanes) : zero();
+  for (int64_t k = 0; k < arguments.steps; ++k) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = Step::run(a + row, b + v * kLanes, sums[row][v]);
+    a += kRows;
+    b += kVectors * kLanes;
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int v = 0; v < kVectors; ++v) store(out + row * stride + v * kLanes, sums[row][v]);
+}
+
+template <class Step, int kVectors, int kRows>
+struct TileTable {
+  static Tile get(int rows) {
+    return rows == kRows ? tile<Step, kRows, kVectors> : TileTable<Step, kVectors, kRows - 1>::get(rows);
+  }
+};
+template <class Step, int kVectors>
+struct TileTable<Step, kVectors, 1> {
+  static Tile get(int) { return tile<Step, 1, kVectors>; }
+};
+
+#ifdef PEFTKERN_VECTOR_FORMS
+struct Bfloat16Step {
+  static inline Float run(const float* activation, const float* panel, Float sum) {
+    return dot_bfloat16(_mm512_set1_epi32(static_cast<int>(float_bits(*activation))), load_int(panel), sum);
+  }
+};
+
+constexpr int kHalfChunk = 64;  // terms that are summed in float16 before the sum moves on in float
+
+template <int kRows>
+static void half_tile(const TileArguments& arguments) {
+  const uint16_t* a = static_cast<const uint16_t*>(arguments.activations);
+  const uint16_t* b = static_cast<const uint16_t*>(arguments.panel);
+  const int64_t stride = arguments.out_stride;
+  bool accumulate = arguments.accumulate;
+  for (int64_t begin = 0; begin < arguments.steps; begin += kHalfChunk) {
+    const int64_t end = begin + kHalfChunk < arguments.steps ? begin + kHalfChunk : arguments.steps;
+    Half sums[kRows][2];
+    for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = half_zero();
+    for (int64_t k = begin; k < end; ++k) {
+      const Half b0 = half_load(b), b1 = half_load(b + kHalfLanes);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRows; ++row) {
+        const Half value = half_broadcast(a[row]);
+        sums[row][0] = half_fma(value, b0, sums[row][0]);
+        sums[row][1] = half_fma(value, b1, sums[row][1]);
+      }
+      a += kRows;
+      b += 2 * kHalfLanes;
+    }
+    for (int row = 0; row < kRows; ++row) {
+      float* out = arguments.out + row * stride;
+      const Float scale = broadcast(arguments.row_scales[row] * arguments.panel_scale);
+      for (int v = 0; v < 2; ++v) {
+        float* low = out + v * kHalfLanes;
+        float* high = low + kLanes;
+        store(low, fma(half_low(sums[row][v]), scale, accumulate ? load(low) : zero()));
+        store(high, fma(half_high(sums[row][v]), scale, accumulate ? load(high) : zero()));
+      }
+    }
+    accumulate = true;
+  }
+}
+
+template <int kRows>
+struct HalfTileTable {
+  static Tile get(int rows) { return rows == kRows ? half_tile<kRows> : HalfTileTable<kRows - 1>::get(rows); }
+};
+template <>
+struct HalfTileTable<1> {
+  static Tile get(int) { return half_tile<1>; }
+};
+#endif

@@ -1,0 +1,70 @@
+// What an instruction set offers. Every file in isa/ fills one table from the same sources; dispatch.cpp picks one.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "peftkern/dropout.h"
+#include "peftkern/number.h"
+#include "peftkern/weight.h"
+
+namespace peftkern::cpu {
+
+enum class Precision : int32_t {
+  float32 = 0,   // float32 operands and sums
+  bfloat16 = 1,  // operands rounded to bfloat16, sums in float32
+  float16 = 2,   // operands rounded to float16, sums in float16 over 64 terms, then in float32
+};
+
+// Activations, [tokens, features]. Element (t, f) is at t * token_stride + f * feature_stride.
+struct Activations {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t token_stride = 0;
+  int64_t feature_stride = 1;
+  Dropout dropout;
+};
+
+// Low-rank terms that the product adds in the same accumulators: out += factor(left * right).
+// left [tokens, rank] float; right is [outputs, rank] where the weight is reduced along its columns, and
+// [rank, outputs] where it is reduced along its rows. With dropout the term is masked before it is added.
+struct LowRank {
+  const float* left = nullptr;
+  int64_t left_stride = 0;
+  const float* right = nullptr;
+  int64_t right_stride = 0;
+  int64_t rank = 0;
+  Dropout dropout;
+};
+
+// out[t, o] = alpha * sum_f activations[t, f] * W(o, f) + low-rank terms + bias[o]
+// with W(o, f) = weight[o, f], or weight[f, o] when `transposed`.
+struct Product {
+  Activations activations;
+  Weight weight;
+  Dropout weight_dropout;  // of a dense weight, rows being tokens (the x of dA)
+  bool transposed = false;
+  int64_t tokens = 0;
+  float alpha = 1.0f;
+  const LowRank* low_rank = nullptr;
+  int64_t low_rank_count = 0;
+  const float* bias = nullptr;
+  void* out = nullptr;
+  DType out_dtype = DType::float32;
+  int64_t out_stride = 0;
+  Precision precision = Precision::float32;
+  int threads = 1;
+};
+
+static inline int64_t product_outputs(const Product& p) { return p.transposed ? p.weight.columns : p.weight.rows; }
+static inline int64_t product_features(const Product& p) { return p.transposed ? p.weight.rows : p.weight.columns; }
+
+struct Kernels {
+  const char* name;
+  bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor; elsewhere it runs as float32
+  bool native_float16;   // likewise; elsewhere it is emulated, for tests only
+  size_t (*product_scratch)(const Product&);  // bytes that each thread needs
+  int64_t (*product_tasks)(const Product&);
+  void (*product_task)(const Product&, int64_t task, void* scratch);
+};
+
+}  // namespace peftkern::cpu

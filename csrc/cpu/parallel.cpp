@@ -1,0 +1,113 @@
+#include "cpu/parallel.h"
+
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <dlfcn.h>
+#include <link.h>
+#endif
+
+// PyTorch's wheel brings its own OpenMP library. Linking against another copy would give the process two pools, whose
+// waiting threads spin and take the cores from each other. So nothing is linked: the library that is already loaded is
+// looked up by name, and its entry point GOMP_parallel, which GCC's, LLVM's and Intel's run-times all export, starts the
+// team that PyTorch's own operators use. Where none is loaded, plain threads do.
+
+namespace peftkern::cpu {
+namespace {
+
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+struct Runtime {
+  GompParallel parallel = nullptr;
+  std::string source = "std::thread";
+};
+
+#if defined(__linux__)
+int collect_openmp(dl_phdr_info* info, size_t, void* data) {
+  const std::string path = info->dlpi_name == nullptr ? "" : info->dlpi_name;
+  const std::string file = path.substr(path.rfind('/') + 1);
+  for (const char* prefix : {"libgomp", "libiomp", "libomp"})
+    if (file.rfind(prefix, 0) == 0) static_cast<std::vector<std::string>*>(data)->push_back(path);
+  return 0;
+}
+#endif
+
+Runtime find_runtime() {
+  Runtime runtime;
+#if defined(__linux__)
+  std::vector<std::string> paths;
+  dl_iterate_phdr(collect_openmp, &paths);
+  for (const std::string& path : paths) {
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    if (void* symbol = dlsym(handle, "GOMP_parallel")) {
+      runtime.parallel = reinterpret_cast<GompParallel>(symbol);
+      runtime.source = path;
+      break;
+    }
+    dlclose(handle);
+  }
+#endif
+  return runtime;
+}
+
+const Runtime& runtime() {
+  static const Runtime found = find_runtime();
+  return found;
+}
+
+struct Team {
+  const std::function<void(int64_t, int)>* run;
+  int64_t tasks;
+  std::atomic<int64_t> next_task{0};
+  std::atomic<int> next_thread{0};
+  std::mutex mutex;
+  std::exception_ptr failure;
+};
+
+void work(void* data) {
+  Team& team = *static_cast<Team*>(data);
+  const int thread = team.next_thread.fetch_add(1);
+  try {
+    for (int64_t task = team.next_task.fetch_add(1); task < team.tasks; task = team.next_task.fetch_add(1))
+      (*team.run)(task, thread);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(team.mutex);
+    team.failure = std::current_exception();
+    team.next_task.store(team.tasks);
+  }
+}
+
+void run_on_plain_threads(Team& team, int threads) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
+  work(&team);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t, int)>& run) {
+  if (tasks < threads) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+    return;
+  }
+  Team team;
+  team.run = &run;
+  team.tasks = tasks;
+  if (runtime().parallel != nullptr)
+    runtime().parallel(work, &team, static_cast<unsigned>(threads), 0);
+  else
+    run_on_plain_threads(team, threads);
+  if (team.failure) std::rethrow_exception(team.failure);
+}
+
+const char* thread_source() { return runtime().source.c_str(); }
+
+}  // namespace peftkern::cpu

@@ -1,0 +1,325 @@
+"""The CPU backend: prepares addresses, sizes and strides for the native kernels in ``csrc/cpu``.
+
+The native module is chosen apart by instruction set at run time; ``PEFTKERN_CPU_ISA`` forces one of
+``generic``, ``avx2``, ``avx512``, ``avx512bf16``, ``avx512fp16``. Without it (no compiler at install time) every
+operation says so through :func:`unavailable_reason`, and the reference runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import registry
+from peftkern.formats import QuantizedTensor, codebook
+from peftkern.ops.lora_linear import Adapters, Weight
+
+try:
+    from peftkern import _cpu as native
+
+    _IMPORT_ERROR: str | None = None
+except ImportError as error:
+    native = None
+    _IMPORT_ERROR = f"the native module is not built or does not load ({error}); install a C++17 compiler and reinstall"
+
+ENVIRONMENT_VARIABLE = "PEFTKERN_CPU_ISA"
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+"""Codes of the activations' dtypes and of the precisions of a product (csrc/include/peftkern/number.h, cpu/kernels.h)."""
+_DTYPE_CODE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_ENCODING_CODE = {"nf4": 3, "fp4": 3, "int8_blockwise": 4, "int8": 5}
+_NO_DROPOUT = (0, 0, 0.0)
+
+
+# ---- what is there
+
+
+def available() -> bool:
+    """Whether the native module is built and loads."""
+    return native is not None
+
+
+def unavailable_reason() -> str | None:
+    """Why the native module cannot be used, or ``None``."""
+    return _IMPORT_ERROR
+
+
+@lru_cache(maxsize=1)
+def instruction_sets() -> dict[str, dict[str, Any]]:
+    """Built instruction sets, the most capable first: ``supported``, ``native_bfloat16`` and ``native_float16`` of each."""
+    return {} if native is None else {row["name"]: row for row in native.instruction_sets()}
+
+
+def isa_names() -> list[str]:
+    """Instruction sets that were built."""
+    return list(instruction_sets())
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets that were built and run on this processor, the most capable first."""
+    return [name for name, row in instruction_sets().items() if row["supported"]]
+
+
+@lru_cache(maxsize=8)
+def _resolve_isa(name: str | None) -> str:
+    return str(native.best_instruction_set(name))
+
+
+def chosen_isa() -> str:
+    """The instruction set in use.
+
+    Raises:
+        BackendError: the native module is missing, or ``PEFTKERN_CPU_ISA`` names a set that cannot run here.
+    """
+    if native is None:
+        raise registry.BackendError(f"cpu backend: {_IMPORT_ERROR}")
+    try:
+        return _resolve_isa(os.environ.get(ENVIRONMENT_VARIABLE) or None)
+    except ValueError as error:
+        raise registry.BackendError(str(error)) from None
+
+
+def thread_source() -> str:
+    """The OpenMP library whose threads the kernels run on (PyTorch's own), or ``"std::thread"``."""
+    return "" if native is None else str(native.thread_source())
+
+
+def product_precision(dtype: torch.dtype, isa: str) -> int:
+    """The arithmetic of a product with activations of ``dtype``: FLOAT32, BFLOAT16 or FLOAT16.
+
+    float32 activations follow ``torch.get_float32_matmul_precision()``: "highest" is float32 throughout; "high" admits
+    float16 operands where the processor multiplies them (their 11-bit mantissa is TF32's, which "high" stands for);
+    "medium" admits bfloat16 ones as well. 16-bit activations take the fastest that the processor has and that keeps
+    their own precision.
+    """
+    row = instruction_sets()[isa]
+    allowed = torch.get_float32_matmul_precision() if dtype == torch.float32 else str(dtype)
+    if row["native_float16"] and allowed != "highest":
+        return FLOAT16
+    if row["native_bfloat16"] and allowed in ("medium", "torch.bfloat16"):
+        return BFLOAT16
+    return FLOAT32
+
+
+# ---- arguments
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix with its columns next to each other, as the kernels read it; rows may have any stride."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
+
+
+def _row_stride(matrix: Tensor) -> int:
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float32).contiguous()
+
+
+@lru_cache(maxsize=8)
+def _codebook(format: str) -> Tensor:
+    return codebook(format).to(torch.float32).contiguous()
+
+
+def _block_shift(block_size: int) -> int:
+    return block_size.bit_length() - 1
+
+
+def _dense_tuple(matrix: Tensor) -> tuple[Any, ...]:
+    code = _DTYPE_CODE[matrix.dtype]
+    return (matrix.data_ptr(), code, *matrix.shape, _row_stride(matrix), 0, -1, 0, 0, 0, 0.0, 0)
+
+
+def _weight_tuple(weight: Weight) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """The weight for the native call, and the tensors that have to live as long as it."""
+    if isinstance(weight, Tensor):
+        matrix = _rows(weight)
+        return _dense_tuple(matrix), [matrix]
+    packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
+    if weight.format == "int8":
+        scales = scales / 127.0
+        return (packed.data_ptr(), 5, *weight.shape, 0, 0, -1, scales.data_ptr(), 0, 0, 0.0, 0), [packed, scales]
+    book = _codebook(weight.format)
+    head = (packed.data_ptr(), _ENCODING_CODE[weight.format], *weight.shape, 0, book.data_ptr())
+    block = (_block_shift(weight.block_size), scales.data_ptr())
+    nested = weight.double_quantization
+    if nested is None:
+        return (*head, *block, 0, 0, 0.0, 0), [packed, scales, book]
+    scale_book, absmax = _codebook("int8_blockwise"), _float32(nested.absmax)
+    tail = (scale_book.data_ptr(), absmax.data_ptr(), float(nested.offset), _block_shift(nested.block_size))
+    return (*head, *block, *tail), [packed, scales, book, scale_book, absmax]
+
+
+def _product(
+    activations: Tensor,
+    weight: tuple[Any, ...],
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    turned: bool = False,
+    dropout: tuple[int, int, float] = _NO_DROPOUT,
+    weight_dropout: tuple[int, int, float] = _NO_DROPOUT,
+    alpha: float = 1.0,
+    low_rank: Sequence[tuple[Any, ...]] = (),
+    bias: Tensor | None = None,
+    precision: int = FLOAT32,
+) -> None:
+    """``out = alpha * activations Wᵀ + low-rank terms + bias``; W itself where ``transposed``.
+
+    ``turned`` takes the activations' transpose. Strides are read off the tensors.
+    """
+    strides = (_row_stride(activations), 1)
+    native.product(
+        chosen_isa(),
+        (activations.data_ptr(), _DTYPE_CODE[activations.dtype], *(strides[::-1] if turned else strides), dropout),
+        activations.shape[1] if turned else activations.shape[0],
+        weight,
+        weight_dropout,
+        transposed,
+        alpha,
+        list(low_rank),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        _DTYPE_CODE[out.dtype],
+        _row_stride(out),
+        precision,
+        torch.get_num_threads(),
+    )
+
+
+def _dropout_tuples(adapters: Adapters) -> list[tuple[int, int, float]]:
+    seed = 0 if adapters.seed is None else int(adapters.seed)
+    return [(seed, index, p) for index, p in enumerate(adapters.dropout_p)]
+
+
+# ---- lora_linear
+
+
+def _objection(tensor: Tensor, weight: Weight) -> str | None:
+    if native is None:
+        return _IMPORT_ERROR
+    if tensor.device.type != "cpu":
+        return f"tensors are on {tensor.device}"
+    if tensor.dtype not in _DTYPE_CODE:
+        return f"{tensor.dtype} activations"
+    if isinstance(weight, Tensor) and weight.dtype not in _DTYPE_CODE:
+        return f"a {weight.dtype} weight"
+    if 0 in weight.shape:
+        return "an empty weight"
+    if isinstance(weight, QuantizedTensor) and weight.format not in _ENCODING_CODE:
+        return f"format {weight.format}"
+    return None
+
+
+def _supports_forward(x: Tensor, weight: Weight, *_rest: Any) -> str | None:
+    return _objection(x, weight)
+
+
+def _supports_backward(grad: Tensor, _x: Tensor | None, weight: Weight, *_rest: Any) -> str | None:
+    return _objection(grad, weight)
+
+
+@registry.register("lora_linear", "cpu", supports=_supports_forward)
+def lora_linear(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Forward; see :func:`peftkern.ops.lora_linear.lora_linear_reference` for shapes."""
+    x = _rows(x)
+    splits, masks = adapters.splits(), _dropout_tuples(adapters)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    h = x.new_empty(x.shape[0], splits[-1].stop if splits else 0, dtype=torch.float32)
+    if x.shape[0] == 0:
+        return y, h
+    low_rank, alive = [], []
+    for index, columns in enumerate(splits):
+        lora_A, lora_B = _float32(adapters.lora_A[index]), _float32(adapters.lora_B[index])
+        _product(x, _dense_tuple(lora_A), h[:, columns], dropout=masks[index], alpha=adapters.scaling[index])
+        low_rank.append((h[:, columns].data_ptr(), _row_stride(h), *_factor(lora_B, lora_A.shape[0]), _NO_DROPOUT))
+        alive.append(lora_B)
+    weight_tuple, weight_alive = _weight_tuple(weight)
+    bias = None if bias is None else _float32(bias)
+    precision = product_precision(x.dtype, chosen_isa())
+    _product(x, weight_tuple, y, low_rank=low_rank, bias=bias, precision=precision)
+    del alive, weight_alive
+    return y, h
+
+
+def _factor(matrix: Tensor, rank: int) -> tuple[int, int, int]:
+    return matrix.data_ptr(), _row_stride(matrix), rank
+
+
+@registry.register("lora_linear_backward", "cpu", supports=_supports_backward)
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.lora_linear.lora_linear_backward_reference` for shapes."""
+    count = len(adapters)
+    need_A, need_B = need_lora[:count], need_lora[count:]
+    if grad.shape[0] == 0:
+        zeros = [[p.new_zeros(p.shape) if need else None for p, need in pairs] for pairs in _wanted(adapters, need_lora)]
+        return grad.new_empty(0, weight.shape[1]) if need_x else None, zeros[0], zeros[1]
+    grad = _rows(grad)
+    g = _inner_gradients(grad, adapters) if need_x or any(need_A) else None
+    grad_x = None
+    if need_x:
+        assert g is not None
+        grad_x = _input_gradient(grad, weight, adapters, g)
+    grad_A: list[Tensor | None] = [None] * count
+    grad_B: list[Tensor | None] = [None] * count
+    masks = _dropout_tuples(adapters)
+    for index, columns in enumerate(adapters.splits()):
+        if need_A[index]:
+            assert g is not None and x is not None
+            grad_A[index] = _skinny_gradient(g[:, columns], x, masks[index]).to(adapters.lora_A[index].dtype)
+        if need_B[index]:
+            grad_B_turned = _skinny_gradient(h[:, columns], grad, _NO_DROPOUT)
+            grad_B[index] = grad_B_turned.t().to(adapters.lora_B[index].dtype).contiguous()
+    return grad_x, grad_A, grad_B
+
+
+def _wanted(adapters: Adapters, need_lora: Sequence[bool]) -> list[list[tuple[Tensor, bool]]]:
+    count = len(adapters)
+    need_A, need_B = need_lora[:count], need_lora[count:]
+    return [list(zip(adapters.lora_A, need_A, strict=True)), list(zip(adapters.lora_B, need_B, strict=True))]
+
+
+def _inner_gradients(grad: Tensor, adapters: Adapters) -> Tensor:
+    """g = scaling * dy B of all adapters, side by side: [tokens, Σr] float32."""
+    splits = adapters.splits()
+    g = grad.new_empty(grad.shape[0], splits[-1].stop if splits else 0, dtype=torch.float32)
+    for index, columns in enumerate(splits):
+        lora_B = _float32(adapters.lora_B[index])
+        _product(grad, _dense_tuple(lora_B), g[:, columns], transposed=True, alpha=adapters.scaling[index])
+    return g
+
+
+def _input_gradient(grad: Tensor, weight: Weight, adapters: Adapters, g: Tensor) -> Tensor:
+    grad_x = grad.new_empty(grad.shape[0], weight.shape[1])
+    factors = [_float32(lora_A) for lora_A in adapters.lora_A]
+    low_rank = [
+        (g[:, columns].data_ptr(), _row_stride(g), *_factor(lora_A, lora_A.shape[0]), mask)
+        for columns, lora_A, mask in zip(adapters.splits(), factors, _dropout_tuples(adapters), strict=True)
+    ]
+    weight_tuple, weight_alive = _weight_tuple(weight)
+    precision = product_precision(grad.dtype, chosen_isa())
+    _product(grad, weight_tuple, grad_x, transposed=True, low_rank=low_rank, precision=precision)
+    del weight_alive
+    return grad_x
+
+
+def _skinny_gradient(left: Tensor, right: Tensor, dropout: tuple[int, int, float]) -> Tensor:
+    """``leftᵀ dropout(right)``, [r, features] float32, the sum running over tokens."""
+    right = _rows(right)
+    out = left.new_empty(left.shape[1], right.shape[1])
+    _product(left, _dense_tuple(right), out, transposed=True, turned=True, weight_dropout=dropout)
+    return out
