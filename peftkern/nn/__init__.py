@@ -1,0 +1,5 @@
+"""Modules made of :mod:`peftkern.ops`."""
+
+from peftkern.nn.quantized_linear import QuantizedLinear
+
+__all__ = ["QuantizedLinear"]
