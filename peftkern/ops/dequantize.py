@@ -8,11 +8,14 @@ tensor in row-major order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peftkern.backends import registry
-from peftkern.formats import FOUR_BIT_FORMATS, VALUE_DTYPES, QuantizedTensor, codebook
+from peftkern.formats import FOUR_BIT_FORMATS, VALUE_DTYPES, DoubleQuantization, QuantizedTensor, codebook
 from peftkern.ops.quantize import CHUNK_ELEMENTS
 
 RESULT_DTYPES = (*VALUE_DTYPES, torch.float64)
@@ -44,7 +47,19 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, *, backend:
     dtype = q.dtype if dtype is None else dtype
     if dtype not in RESULT_DTYPES:
         raise TypeError(f"dequantize: dtype must be float32, bfloat16, float16 or float64, got {dtype}")
-    result: Tensor = registry.run("dequantize", q, dtype, backend=backend)
+    nested = q.double_quantization
+    result: Tensor = torch.ops.peftkern.dequantize(
+        q.packed,
+        q.scales,
+        None if nested is None else nested.absmax,
+        None if nested is None else nested.offset,
+        q.format,
+        q.block_size,
+        0 if nested is None else nested.block_size,
+        q.shape,
+        dtype,
+        backend,
+    )
     return result
 
 
@@ -90,3 +105,39 @@ def _dequantize_rows(q: QuantizedTensor, result: Tensor, compute_dtype: torch.dt
     for begin in range(0, q.shape[0], step):
         values = q.packed[begin : begin + step].to(compute_dtype) * q.scales[begin : begin + step, None]
         result[begin : begin + step] = values / 127 if compute_dtype == torch.float64 else values * ONE_OVER_127
+
+
+# ---- operator
+
+
+@torch.library.custom_op(
+    "peftkern::dequantize",
+    mutates_args=(),
+    schema="(Tensor packed, Tensor scales, Tensor? scales_absmax, Tensor? scales_offset, str format, int block_size, "
+    "int scales_block_size, SymInt[] shape, ScalarType dtype, str? backend) -> Tensor",
+)
+def _operator(
+    packed: Tensor,
+    scales: Tensor,
+    scales_absmax: Tensor | None,
+    scales_offset: Tensor | None,
+    format: str,
+    block_size: int,
+    scales_block_size: int,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    backend: str | None,
+) -> Tensor:
+    nested = None
+    if scales_absmax is not None and scales_offset is not None:
+        nested = DoubleQuantization(scales_absmax, scales_offset, scales_block_size)
+    value_dtype = dtype if dtype in VALUE_DTYPES else torch.float32
+    q = QuantizedTensor(packed, scales, format, torch.Size(shape), value_dtype, block_size, nested)
+    result: Tensor = registry.run("dequantize", q, dtype, backend=backend)
+    return result
+
+
+@_operator.register_fake
+def _fake(packed: Tensor, *options: Any) -> Tensor:
+    *_, shape, dtype, _backend = options
+    return packed.new_empty(shape, dtype=dtype)

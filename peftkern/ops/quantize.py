@@ -51,18 +51,29 @@ def quantize(
         backend: name of the backend that must run it; ``None`` lets the table decide.
 
     Returns:
-        The codes and scales, with ``w``'s shape, dtype and device.
+        The codes and scales, with ``w``'s shape, dtype and device (``meta`` included: shapes without values).
 
     Raises:
         TypeError: ``w`` is no tensor or has another dtype.
-        ValueError: ``w`` holds NaN or infinity or is on the meta device; unknown ``format``; ``block_size`` is none of
-            those above; a shape or ``double_quant`` that int8 does not have.
+        ValueError: ``w`` holds NaN or infinity; unknown ``format``; ``block_size`` is none of those above; a shape or
+            ``double_quant`` that int8 does not have.
         BackendError: a forced backend cannot run the call.
     """
     _check(w, format, block_size, double_quant)
-    q: QuantizedTensor = registry.run("quantize", w, format, block_size, double_quant, backend=backend)
-    _check_finite(q)
-    return q
+    # Detached: the result is not differentiable, and float scales must not ask for a gradient.
+    packed, scales, *nested = torch.ops.peftkern.quantize(w.detach(), format, block_size, double_quant, backend)
+    return QuantizedTensor(
+        packed,
+        scales,
+        format,
+        w.shape,
+        w.dtype,
+        w.shape[1] if format == "int8" else block_size,
+        DoubleQuantization(nested[0], nested[1], SCALES_BLOCK_SIZE) if nested else None,
+    )
+
+
+# ---- checks
 
 
 def _check(w: Tensor, format: str, block_size: int, double_quant: bool) -> None:
@@ -70,8 +81,6 @@ def _check(w: Tensor, format: str, block_size: int, double_quant: bool) -> None:
         raise TypeError(f"quantize: w must be a tensor, got {type(w).__name__}")
     if w.dtype not in VALUE_DTYPES:
         raise TypeError(f"quantize: w must be float32, bfloat16 or float16, got {w.dtype}; convert it with w.float()")
-    if w.is_meta:
-        raise ValueError("quantize: w is on the meta device, which holds no values; load it first")
     if format not in FORMATS:
         raise ValueError(f"quantize: format must be one of {sorted(FORMATS)}, got {format!r}")
     if format == "int8":
@@ -233,3 +242,31 @@ def _quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
         codes[begin : begin + step] = (values * factor[:, None]).round()
         scales[begin : begin + step] = absmax
     return codes, scales
+
+
+# ---- operator
+
+
+@torch.library.custom_op(
+    "peftkern::quantize",
+    mutates_args=(),
+    schema="(Tensor w, str format, int block_size, bool double_quant, str? backend) -> Tensor[]",
+)
+def _operator(w: Tensor, format: str, block_size: int, double_quant: bool, backend: str | None) -> list[Tensor]:
+    q: QuantizedTensor = registry.run("quantize", w, format, block_size, double_quant, backend=backend)
+    _check_finite(q)
+    nested = q.double_quantization
+    return [q.packed, q.scales] if nested is None else [q.packed, q.scales, nested.absmax, nested.offset]
+
+
+@_operator.register_fake
+def _fake(w: Tensor, format: str, block_size: int, double_quant: bool, _backend: str | None) -> list[Tensor]:
+    packed = w.new_empty(
+        packed_shape(w.shape, format, block_size), dtype=torch.int8 if format == "int8" else torch.uint8
+    )
+    scales = w.new_empty(scales_shape(w.shape, format, block_size), dtype=torch.float32)
+    if not double_quant:
+        return [packed, scales]
+    blocks = block_count(scales.numel(), SCALES_BLOCK_SIZE)
+    absmax = w.new_empty(blocks, dtype=torch.float32)
+    return [packed, scales.to(torch.uint8), absmax, w.new_empty((), dtype=torch.float32)]
