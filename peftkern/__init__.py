@@ -1,6 +1,7 @@
 """peftkern: fused kernels for parameter-efficient fine-tuning of Hugging Face models.
 
-Importing this package loads PyTorch and the kernels, and neither transformers, peft, triton nor bitsandbytes.
+Importing this package loads PyTorch and the kernels, and neither transformers, peft, triton nor bitsandbytes. It sees
+to it that transformers, once loaded, knows models that were saved with ``QuantConfig``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from peftkern import ops
 from peftkern._version import __version__
 from peftkern.backends.registry import choose as which
 from peftkern.formats import QuantizedTensor
+from peftkern.integrations.registration import register_on_import
 
 if TYPE_CHECKING:
     from peftkern.integrations import QuantConfig as QuantConfig
     from peftkern.integrations import quantize_ as quantize_
+    from peftkern.nn import QuantizedLinear as QuantizedLinear
 
 _LAZY = {
     "QuantConfig": "peftkern.integrations",
+    "QuantizedLinear": "peftkern.nn",
     "quantize_": "peftkern.integrations",
 }
 
@@ -29,4 +33,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
-__all__ = ["QuantConfig", "QuantizedTensor", "__version__", "ops", "quantize_", "which"]
+register_on_import()
+
+__all__ = ["QuantConfig", "QuantizedLinear", "QuantizedTensor", "__version__", "ops", "quantize_", "which"]
