@@ -94,7 +94,8 @@ def lora_linear(
     adapters = _check_adapters(lora_A, lora_B, scaling, dropout_p)
     _check(x, weight, adapters, bias)
     device_type = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    # the meta device has no autocast, and asking for it raises
+    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
     y, _ = torch.ops.peftkern.lora_linear(
         x,
