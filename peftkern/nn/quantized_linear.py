@@ -129,7 +129,8 @@ class QuantizedLinear(nn.Linear):
             return self._make_view()
         weight, scales = self._parameters["weight"], self._buffers["scales"]
         assert weight is not None and scales is not None
-        address = weight.data_ptr() if type(weight) is PackedWeight else 0
+        # A sharded weight has no single address; FSDP puts a plain parameter in its place before the layer runs.
+        address = weight.data_ptr() if type(weight) in (PackedWeight, nn.Parameter) else 0
         view = self._view
         if view is None or view[0] is not weight or view[1] != address or view[2] is not scales:
             self._view = view = (weight, address, scales, self._make_view())
