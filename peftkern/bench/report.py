@@ -79,12 +79,15 @@ def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def describe_machine() -> str:
-    """Processor, threads and the versions of both sides, in one line."""
+    """Processor, threads, our kernels and the versions of both sides, in one line."""
     import torch
 
+    from peftkern.backends import cpu
+
+    kernels = f"kernels for {cpu.chosen_isa()}" if cpu.available() else "no native kernels"
     versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{_processor()} ({capability}), {torch.get_num_threads()} threads; {versions}"
+    return f"{_processor()} ({capability}), {torch.get_num_threads()} threads, {kernels}; {versions}"
 
 
 def _version(package: str) -> str:

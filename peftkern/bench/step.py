@@ -1,0 +1,45 @@
+"""A training step of SmolLM2-135M: NF4 double-quantized, LoRA r=16 on all linears, batch 4 x 256, float32.
+
+A step is forward, loss, backward and AdamW on the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from peftkern.bench import peers, smollm2
+from peftkern.bench.case import Case, Effort
+
+EFFORT = Effort(minimum_pairs=5, maximum_pairs=15, seconds=60.0)
+
+TOLERANCE = 1e-4
+"""For the loss and every gradient: float32 rounding, summed up over the layers."""
+
+
+def setup_step(
+    checkpoint: smollm2.Checkpoint, batch: int = smollm2.BATCH, length: int = smollm2.LENGTH, effort: Effort = EFFORT
+) -> Case:
+    """One step on the same batch, with models loaded from the same checkpoint and equal adapters."""
+    peer = smollm2.Loop(smollm2.load_peer(checkpoint.folder))
+    ours = smollm2.Loop(smollm2.load_ours(checkpoint.folder))
+    (ids,) = smollm2.make_batches(checkpoint.folder, 1, batch, length)
+    peers.fill_lora_b(peer.model, torch.Generator().manual_seed(1))
+    peers.copy_adapter(peer.model, ours.model)
+
+    def check() -> None:
+        our_loss, our_gradients = ours.loss_and_gradients(ids)
+        peer_loss, peer_gradients = peer.loss_and_gradients(ids)
+        pairs = {f"gradient of {name}": (our_gradients[name], peer_gradients[name]) for name in peer_gradients}
+        peers.check_agreement({"loss": (our_loss, peer_loss), **pairs}, TOLERANCE)
+
+    text = f"forward + backward + AdamW, batch {batch} x {length}"
+    text = f"{text}, {checkpoint.note}" if checkpoint.note else text
+    return Case(text, lambda: ours.step(ids), lambda: peer.step(ids), check, unit="s", effort=effort)
+
+
+def cases() -> Iterator[Case]:
+    """Cases of ``step-smollm2``."""
+    with smollm2.checkpoint() as checkpoint:
+        yield setup_step(checkpoint)

@@ -1,0 +1,157 @@
+"""The real cases at small sizes: they set up, agree with the peer, and notice when they do not. No timings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftkern.bench import (
+    Case,
+    DisagreementError,
+    Effort,
+    Quantity,
+    linear,
+    loss,
+    measure,
+    memory,
+    peers,
+    smollm2,
+    step,
+)
+from peftkern.bench import quantize as quantize_cases
+
+ONCE = Effort(minimum_pairs=1, maximum_pairs=1, seconds=0.0)
+PRECISIONS = [linear.HIGHEST, linear.HIGH, linear.BF16, linear.BF16_DEFAULT]
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> smollm2.Checkpoint:
+    folder = str(tmp_path_factory.mktemp("model"))
+    smollm2.save_random(folder, **SMALL)
+    return smollm2.Checkpoint(folder, "small")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=["highest", "high", "bf16", "bf16-float32-adapter"])
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_linear_agrees_with_the_peer(precision: linear.Precision, tokens: int) -> None:
+    layers = linear.setup_layers(precision, features_out=192, features_in=320)
+    case = linear.setup_case(layers, tokens)
+    case.check()
+    assert case.case.startswith(f"{tokens} token")
+    assert torch.get_float32_matmul_precision() == "highest"
+    packed = linear._layer(layers.ours).base_layer.weight
+    assert packed.numel() * 2 == 192 * 320
+
+
+def test_linear_runs_our_side_patched_and_the_peer_on_bitsandbytes() -> None:
+    layers = linear.setup_layers(linear.HIGHEST, features_out=64, features_in=64)
+    assert type(linear._layer(layers.peer)).__module__ == "peft.tuners.lora.bnb"
+    assert type(linear._layer(layers.ours)).__module__ != "peft.tuners.lora.layer"
+    assert type(linear._layer(layers.ours).base_layer).__name__ == "QuantizedLinear"
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_linear_notices_a_wrong_result(matrix: str) -> None:
+    layers = linear.setup_layers(linear.HIGHEST, features_out=64, features_in=64)
+    with torch.no_grad():
+        getattr(linear._layer(layers.ours), matrix)["default"].weight[0, 0] += 0.5
+    with pytest.raises(DisagreementError, match="differ by"):
+        linear.setup_case(layers, 8).check()
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        lambda: quantize_cases.setup_quantize(False, 64, 128),
+        lambda: quantize_cases.setup_quantize(True, 64, 128),
+        lambda: quantize_cases.setup_dequantize(torch.float32, 64, 128),
+        lambda: quantize_cases.setup_dequantize(torch.bfloat16, 64, 128),
+    ],
+    ids=["single", "double", "float32", "bfloat16"],
+)
+def test_quantize_gives_the_peers_bytes(setup: Callable[[], Case]) -> None:
+    setup().check()
+
+
+def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint) -> None:
+    case = step.setup_step(checkpoint, batch=2, length=16, effort=ONCE)
+    measurement = measure(case)
+    assert case.case == "forward + backward + AdamW, batch 2 x 16, small"
+    assert (measurement.unit, len(measurement.ours)) == ("s", 1)
+    case.check()  # after equal steps the two models still agree
+
+
+def test_losses_agree(checkpoint: smollm2.Checkpoint) -> None:
+    losses, differences = loss.compare_losses(checkpoint, steps=3, batch=2, length=16)
+    assert (losses.quantity, differences.quantity) == (Quantity.LOSS, Quantity.DIFFERENCE)
+    assert len(losses.ours) == len(differences.ours) == 3
+    assert 0 <= max(differences.ours) <= 1e-4
+    assert "3 steps" in differences.case
+
+
+def test_memory_runs_both_sides_in_fresh_processes(checkpoint: smollm2.Checkpoint) -> None:
+    rows = memory.measure_memory(checkpoint, "freed memory returned", pairs=1, steps=1, batch=1, length=8)
+    assert [row.case.split(",")[0] for row in rows] == ["peak", "peak of the steps", "after loading"]
+    peak, steps, loading = rows
+    for side in ("ours", "peer"):
+        assert getattr(peak, side)[0] >= getattr(steps, side)[0] >= 50
+        assert getattr(loading, side)[0] >= 50
+
+
+def test_peak_of_memory_can_be_read_and_reset() -> None:
+    before = memory.resident_megabytes("VmRSS")
+    block = torch.ones(25_000_000)
+    assert memory.resident_megabytes("VmHWM") >= before + 90
+    del block
+    memory.reset_peak()
+    assert memory.resident_megabytes("VmHWM") < before + 90
+
+
+@pytest.mark.parametrize(
+    ("ours", "peer", "expected"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([3.0, 4.0], [0.0, 0.0], math.inf),
+        ([3.0, 4.4], [3.0, 4.0], 0.08),
+        ([math.nan, 1.0], [1.0, 1.0], math.inf),
+        ([1.0], [1.0, 1.0], math.inf),
+    ],
+)
+def test_relative_difference(ours: list[float], peer: list[float], expected: float) -> None:
+    assert peers.relative_difference(torch.tensor(ours), torch.tensor(peer)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_adapters_of_different_models_are_refused() -> None:
+    with pytest.raises(DisagreementError, match="same parameters"):
+        peers.copy_adapter(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False))
+
+
+def test_batches_are_seeded_and_in_the_vocabulary(checkpoint: smollm2.Checkpoint) -> None:
+    first, second = smollm2.make_batches(checkpoint.folder, 2, 3, 5)
+    again, _ = smollm2.make_batches(checkpoint.folder, 2, 3, 5)
+    assert first.shape == (3, 5)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert int(first.max()) < SMALL["vocab_size"]
+
+
+def test_missing_model_package_is_said_in_the_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "save_random", lambda folder: (Path(folder) / "config.json").write_text("{}"))
+    with smollm2.checkpoint() as found:
+        assert "random weights" in found.note
+        assert (Path(found.folder) / "config.json").exists()
+    assert not Path(found.folder).exists()
