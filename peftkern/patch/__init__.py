@@ -1,0 +1,10 @@
+"""Run the linear and LoRA layers of a model on fused kernels, in place, and undo it.
+
+`patch` swaps the class of single layers, `unpatch` puts it back, and `verify` compares both on a batch.
+"""
+
+from peftkern.patch.report import PatchReport, PatchRow
+from peftkern.patch.verification import VerifyReport, VerifyRow, verify
+from peftkern.patch.walk import PatchError, patch, unpatch
+
+__all__ = ["PatchError", "PatchReport", "PatchRow", "VerifyReport", "VerifyRow", "patch", "unpatch", "verify"]

@@ -1,0 +1,213 @@
+"""What each module of a model is, what would run it, and why not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftkern.backends import registry
+from peftkern.formats import QuantizedTensor
+from peftkern.ops.lora_linear import Adapters
+from peftkern.patch import fused
+from peftkern.patch.fused import STATE
+from peftkern.patch.report import PatchRow
+from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
+
+_NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
+"""Classes of `peft.tuners.lora.layer` that adapt something else than a linear layer."""
+
+OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do that), in front of its class"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One module: its row in the report, if it gets one, and its fused class, if it is to be patched."""
+
+    name: str
+    module: nn.Module
+    row: PatchRow | None
+    layer_class: type | None = None
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What holds for the whole model: the forced backend, and the dtype of activations to choose kernels for."""
+
+    backend: str | None
+    dtype: torch.dtype
+
+
+def examine(model: nn.Module, backend: str | None) -> Iterator[Finding]:
+    """All modules of ``model`` that `patch` has something to say about, outermost first.
+
+    Raises:
+        BackendError: ``backend`` cannot run one of them.
+    """
+    setting = _Setting(backend, _activation_dtype(model))
+    adapter, adapter_is_fused, copied = None, False, None
+    for name, module in model.named_modules():
+        if _is_inside(name, adapter):
+            if _is_swapped_base(module):
+                yield _base_finding(name, module, setting, has_row=not adapter_is_fused)
+        elif _is_a(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            finding = _adapter_finding(name, module, setting)
+            adapter, adapter_is_fused = name, finding.row is not None and finding.row.action == "fused"
+            yield finding
+        elif _is_swapped_base(module):
+            yield _base_finding(name, module, setting, has_row=True)
+        elif _is_a(module, "peft.utils.other", "AuxiliaryTrainingWrapper"):
+            copied = name
+            yield Finding(name, module, _left(name, module, "trained in full, beside the original (modules_to_save)"))
+        elif isinstance(module, nn.Linear) and not _is_inside(name, copied):
+            yield _plain_finding(name, module, setting)
+
+
+def _is_inside(name: str, outer: str | None) -> bool:
+    return outer is not None and (outer == "" or name.startswith(f"{outer}."))
+
+
+def _is_a(module: nn.Module, defined_in: str, *class_names: str) -> bool:
+    """`isinstance` for classes of packages that may not be there; nothing can be of a class that nobody imported."""
+    package = sys.modules.get(defined_in)
+    return package is not None and isinstance(module, tuple(getattr(package, name) for name in class_names))
+
+
+def _activation_dtype(model: nn.Module) -> torch.dtype:
+    dtype = getattr(model, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.get_default_dtype()
+
+
+def _is_swapped_base(module: nn.Module) -> bool:
+    kind = base_kind(original_class(type(module)))
+    return kind is not None and kind.swap
+
+
+# ---- rows
+
+
+def _class_name(module: nn.Module) -> str:
+    layer_class = original_class(type(module))
+    name = layer_class.__qualname__
+    if layer_class.__module__.startswith("peft.tuners."):
+        return ".".join([layer_class.__module__.removeprefix("peft.tuners.").removesuffix(".layer"), name])
+    return f"bnb.{name}" if layer_class.__module__.startswith("bitsandbytes.") else name
+
+
+def _describe(weight: Tensor | QuantizedTensor) -> str:
+    form = weight.format if isinstance(weight, QuantizedTensor) else str(weight.dtype).removeprefix("torch.")
+    return f"{form} {weight.shape[0]}×{weight.shape[1]}"
+
+
+def _left(name: str, module: nn.Module, reason: str, weight: str = "", wanted: bool = False) -> PatchRow:
+    return PatchRow(name, _class_name(module), weight, "left", reason=reason, wanted=wanted, calls_left=_calls(module))
+
+
+def _calls(module: nn.Module) -> dict[str, int]:
+    state = module.__dict__.get(STATE)
+    return {} if state is None else dict(state.calls_left)
+
+
+def _fused(
+    name: str, module: nn.Module, weight: Tensor | QuantizedTensor, kernel: str, notes: Sequence[str]
+) -> PatchRow:
+    note = "; ".join(note for note in notes if note)
+    return PatchRow(name, _class_name(module), _describe(weight), "fused", kernel, note, True, _calls(module))
+
+
+def _kernel(base: Any, weight: Tensor | QuantizedTensor, adapters: fused.LoraArguments, setting: _Setting) -> str:
+    dtype = setting.dtype if isinstance(weight, QuantizedTensor) else weight.dtype
+    x = torch.empty(1, weight.shape[1], dtype=fused.compute_dtype(base, dtype), device=weight.device)
+    active = Adapters(adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p, None)
+    choice = registry.choose("lora_linear", x, weight, active, adapters.bias, backend=setting.backend)
+    return f"lora_linear on {choice.backend}"
+
+
+def _weight_notes(base: nn.Module, weight: Tensor | QuantizedTensor) -> list[str]:
+    kind = base_kind(original_class(type(base)))
+    notes = [kind.note] if kind is not None else []
+    if _is_decoded_wrongly_by_bitsandbytes(base, weight):
+        notes.append(
+            f"bitsandbytes itself decodes rows of {weight.shape[1]} wrongly on the CPU; this product follows the format"
+        )
+    return notes
+
+
+def _is_decoded_wrongly_by_bitsandbytes(base: nn.Module, weight: Tensor | QuantizedTensor) -> bool:
+    # its CPU kernel takes rows that are no whole number of blocks as if each began a new block
+    if not _is_swapped_base(base) or not isinstance(weight, QuantizedTensor) or weight.format == "int8":
+        return False
+    columns = weight.shape[1]
+    return weight.device.type == "cpu" and columns % 16 == 0 and columns % weight.block_size != 0
+
+
+# ---- the kinds of modules
+
+
+def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
+    if not _is_a(module, "peftkern.nn.quantized_linear", "QuantizedLinear"):
+        return Finding(name, module, _left(name, module, "dense, no adapter"))
+    weight = read_weight(module)
+    kernel = _kernel(module, weight, fused.LoraArguments(bias=module.bias), setting)
+    return Finding(name, module, _fused(name, module, weight, kernel, ["a module of peftkern, runs it unpatched"]))
+
+
+def _base_finding(name: str, module: nn.Module, setting: _Setting, has_row: bool) -> Finding:
+    try:
+        if fused.has_own_forward(module):
+            raise NotFused(OWN_FORWARD)
+        weight = read_weight(module)
+    except NotFused as refusal:
+        row = _left(name, module, str(refusal), wanted=True)
+        return Finding(name, module, row if has_row else None)
+    kernel = _kernel(module, weight, fused.LoraArguments(bias=getattr(module, "bias", None)), setting)
+    row = _fused(name, module, weight, kernel, ["no adapter", *_weight_notes(module, weight)])
+    return Finding(name, module, row if has_row else None, fused.fused_class(original_class(type(module))))
+
+
+def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
+    if not _is_a(layer, "peft.tuners.lora.layer", "LoraLayer"):
+        return Finding(name, layer, _left(name, layer, "an adapter of another kind than LoRA"))
+    if _is_a(layer, "peft.tuners.lora.layer", *_NOT_LINEAR):
+        return Finding(name, layer, _left(name, layer, "LoRA on something else than a linear layer"))
+    try:
+        weight = _check_layer(layer)
+    except NotFused as refusal:
+        return Finding(name, layer, _left(name, layer, str(refusal), wanted=True))
+    layer_class = fused.fused_class(original_class(type(layer)))
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    try:
+        arguments = fused.lora_arguments(layer, active)
+    except NotFused as refusal:
+        # swapped all the same: other adapters may become active, and merging may need it
+        return Finding(name, layer, _left(name, layer, str(refusal), _describe(weight), wanted=True), layer_class)
+    kernel = _kernel(layer.base_layer, weight, arguments, setting)
+    notes = [_idle_note(layer), *_weight_notes(layer.base_layer, weight)]
+    return Finding(name, layer, _fused(name, layer, weight, kernel, notes), layer_class)
+
+
+def _check_layer(layer: Any) -> Tensor | QuantizedTensor:
+    """The base weight of a LoRA layer, or `NotFused` with what keeps the layer, whatever its adapters, from it."""
+    original = original_class(type(layer))
+    if not fused.is_lora_class(original):
+        raise NotFused(f"{_class_name(layer)} computes something of its own")
+    if fused.has_own_forward(layer):
+        raise NotFused(OWN_FORWARD)
+    if layer.fan_in_fan_out:
+        raise NotFused(f"{type(layer.base_layer).__name__} keeps its weight as [in, out] (fan_in_fan_out)")
+    fused.check_base(layer.base_layer)
+    return read_weight(layer.base_layer)
+
+
+def _idle_note(layer: Any) -> str:
+    if fused.running_adapters(layer):
+        return ""
+    if layer.disable_adapters:
+        return "adapters are disabled now: the base layer runs alone"
+    if layer.merged:
+        return "adapters are merged now: the base layer runs alone"
+    return "no active adapter here now: the base layer runs alone"

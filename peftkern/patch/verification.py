@@ -1,0 +1,323 @@
+"""`verify`: a patched model against itself unpatched, on one batch."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from peftkern.formats import QuantizedTensor
+from peftkern.patch import fused
+from peftkern.patch.table import format_table, pattern_of
+from peftkern.patch.walk import originals, patched_modules
+from peftkern.patch.weights import NotFused, original_class, read_weight
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+"""Largest ‖patched - unpatched‖ / ‖unpatched‖ of one module's output, by the narrowest dtype it computes in."""
+
+ACCUMULATION = 10.0
+"""Loss and gradients go through all layers, whose errors add up: they may differ by this much more than one module."""
+
+
+@dataclass(frozen=True)
+class VerifyRow:
+    """One comparison.
+
+    Attributes:
+        what: the ``"output"`` of a module for one and the same input, the ``"gradient"`` of a parameter, or the
+            ``"loss"``.
+        name: of the module or parameter; empty for the loss.
+        error: ‖patched - unpatched‖ / ‖unpatched‖, the worst over all calls of the module.
+        tolerance: the largest error that passes.
+    """
+
+    what: Literal["output", "gradient", "loss"]
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the tolerance; NaN is not."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How far a patched model is from the unpatched one.
+
+    Attributes:
+        rows: all comparisons.
+        loss_patched, loss_unpatched: the two losses.
+        notes: what the batch could not show.
+    """
+
+    rows: tuple[VerifyRow, ...]
+    loss_patched: float
+    loss_unpatched: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every comparison is within its tolerance."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def worst(self) -> VerifyRow:
+        """The row whose error is largest against its tolerance."""
+        return max(self.rows, key=_severity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data that `json.dumps` takes."""
+        rows = [{**asdict(row), "ok": row.ok} for row in self.rows]
+        losses = {"loss_patched": self.loss_patched, "loss_unpatched": self.loss_unpatched}
+        return {"ok": self.ok, **losses, "notes": list(self.notes), "rows": rows}
+
+    def __str__(self) -> str:
+        groups: defaultdict[tuple[str, str], list[VerifyRow]] = defaultdict(list)
+        for row in self.rows:
+            groups[row.what, pattern_of(row.name)].append(row)
+        table = format_table(
+            ("compared", "name", "count", "worst error", "tolerance", ""), [_format_group(g) for g in groups.values()]
+        )
+        verdict = "agrees with" if self.ok else "DIFFERS from"
+        losses = f"loss {self.loss_patched:.8g} patched, {self.loss_unpatched:.8g} unpatched"
+        notes = "".join(f"\nnote: {note}" for note in self.notes)
+        return f"{table}\nthe patched model {verdict} the unpatched one; {losses}{notes}"
+
+
+def _severity(row: VerifyRow) -> float:
+    return math.inf if math.isnan(row.error) else row.error / row.tolerance
+
+
+def _format_group(rows: list[VerifyRow]) -> tuple[str, ...]:
+    worst = max(rows, key=_severity)
+    name = worst.name if len(rows) == 1 else pattern_of(worst.name)
+    failed = sum(not row.ok for row in rows)
+    verdict = f"{failed} FAILED, worst {worst.name}" if failed else "ok"
+    return worst.what, name, str(len(rows)), f"{worst.error:.1e}", f"{worst.tolerance:.0e}", verdict
+
+
+def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
+    """Run forward and backward of ``model`` on ``batch`` patched and unpatched, and compare.
+
+    Every patched module is compared on its own, its original forward being run on the same input, and then the whole
+    model: the loss, and the gradient of each parameter that is trained.
+
+    Both runs are in training mode, because that is where bitsandbytes computes what it computes in training, and start
+    from the same state of the random generators. LoRA's own dropout is off: its masks come from another generator and
+    differ by design. Other dropout stays, and drops the same elements twice. Afterwards training flags, gradients,
+    buffers and generators are as they were.
+
+    Args:
+        model: a patched model.
+        batch: keyword arguments of its forward. The loss is the output's ``loss``, which `transformers` computes when
+            ``labels`` are given; without one, the mean square of the outputs serves.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``batch`` no mapping.
+        ValueError: nothing in ``model`` is patched, or its output holds nothing to differentiate.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"verify: model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"verify: batch must be a mapping of the model's arguments, got {type(batch).__name__}")
+    modules = patched_modules(model)
+    if not modules:
+        raise ValueError("verify: nothing in the model is patched; call peftkern.patch(model) first")
+    with ExitStack() as stack:
+        for preserved in (_random_state(), _gradients(model), _modules_state(model)):
+            stack.enter_context(preserved)
+        return _compare(model, batch, modules)
+
+
+def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> VerifyReport:
+    outputs: dict[str, VerifyRow] = {}
+    with _random_state(), _output_checks(modules, outputs):
+        loss, gradients = _forward_backward(model, batch)
+    with _random_state(), originals(modules.values()):
+        expected_loss, expected_gradients = _forward_backward(model, batch)
+    tolerance = ACCUMULATION * max(row.tolerance for row in outputs.values()) if outputs else 0.0
+    rows = list(outputs.values())
+    rows.append(VerifyRow("loss", "", _error(loss, expected_loss), tolerance))
+    for name, expected in expected_gradients.items():
+        rows.append(VerifyRow("gradient", name, _error(gradients.get(name), expected), tolerance))
+    return VerifyReport(tuple(rows), loss.item(), expected_loss.item(), tuple(_notes(modules, outputs)))
+
+
+def _notes(modules: Mapping[str, nn.Module], outputs: Mapping[str, VerifyRow]) -> Iterator[str]:
+    silent = sum(_adds_nothing(module) for module in modules.values())
+    if silent:
+        yield (
+            f"the adapters of {silent} modules have B = 0, as before the first step: what they add is zero and so are "
+            "the gradients of A. Verify again after a step to compare them"
+        )
+    unused = len([name for name in modules if name not in outputs and not _is_base_of_another(name, modules)])
+    if unused:
+        yield f"{unused} patched modules were not called with this batch"
+
+
+def _adds_nothing(module: Any) -> bool:
+    if not fused.is_lora_class(original_class(type(module))):
+        return False
+    names = fused.running_adapters(module)
+    return bool(names) and not any(module.lora_B[name].weight.any() for name in names)
+
+
+def _is_base_of_another(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    return name.removesuffix(".base_layer") in modules and name.endswith(".base_layer")
+
+
+# ---- running
+
+
+def _forward_backward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    with torch.enable_grad():
+        loss = _loss_of(model(**batch))
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return loss.detach(), gradients
+
+
+def _loss_of(output: Any) -> Tensor:
+    fields = dict(output) if isinstance(output, Mapping) else {}
+    if isinstance(fields.get("loss"), Tensor):
+        return fields["loss"]  # type: ignore[no-any-return]
+    values = fields.values() or (output if isinstance(output, tuple | list) else [output])
+    tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    if not tensors:
+        raise ValueError(f"verify: the model returned a {type(output).__name__} without a loss or any floating tensor")
+    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
+
+
+@contextmanager
+def _output_checks(modules: Mapping[str, nn.Module], rows: dict[str, VerifyRow]) -> Iterator[None]:
+    # a base layer inside a patched layer is not called, and a hook on it would send that layer to its original code
+    checked = {name: module for name, module in modules.items() if not _is_base_of_another(name, modules)}
+    handles = [m.register_forward_hook(_check_of(name, rows), with_kwargs=True) for name, m in checked.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_of(name: str, rows: dict[str, VerifyRow]) -> Callable[..., None]:
+    def check(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        base = getattr(module, "base_layer", module)
+        with torch.no_grad(), originals([module, base]):
+            expected = type(module).forward(module, *args, **kwargs)
+        x = args[0] if args else kwargs["x"]
+        row = VerifyRow("output", name, _error(output, expected), _tolerance(base, x, output))
+        if name not in rows or _severity(row) > _severity(rows[name]):
+            rows[name] = row
+
+    return check
+
+
+def _error(actual: Tensor | None, expected: Tensor) -> float:
+    if actual is None or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return math.inf
+    dtype = torch.float64 if expected.dtype == torch.float64 else torch.float32
+    actual, expected = actual.detach().to(dtype), expected.detach().to(dtype)
+    difference = float(torch.linalg.vector_norm(actual - expected))
+    size = float(torch.linalg.vector_norm(expected))
+    return difference if difference == 0.0 or math.isnan(difference) else difference / max(size, sys.float_info.min)
+
+
+def _tolerance(base: Any, x: Tensor, output: Tensor) -> float:
+    dtypes = {x.dtype, output.dtype, fused.compute_dtype(base, x.dtype)}
+    if torch.is_autocast_enabled(x.device.type):
+        dtypes.add(torch.get_autocast_dtype(x.device.type))
+    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and _is_quantized(base):
+        dtypes.add(torch.float16)
+    return max(TOLERANCES[dtype] for dtype in dtypes)
+
+
+def _is_quantized(base: nn.Module) -> bool:
+    try:
+        return isinstance(read_weight(base), QuantizedTensor)
+    except NotFused:
+        return False
+
+
+# ---- leaving everything as it was
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+@contextmanager
+def _gradients(model: nn.Module) -> Iterator[None]:
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _modules_state(model: nn.Module) -> Iterator[None]:
+    """Training mode without LoRA's dropout, and afterwards flags, buffers and what bitsandbytes keeps as before."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = [(holder, dict(holder)) for holder in _bitsandbytes_attributes(model)]
+    biases = [(bias, bias.data) for bias in _bitsandbytes_biases(model)]
+    try:
+        model.train()
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout.train(False)  # type: ignore[union-attr]
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for holder, before in attributes:
+            holder.clear()
+            holder.update(before)
+        for bias, data in biases:
+            bias.data = data
+
+
+def _bitsandbytes_layers(model: nn.Module) -> Iterator[Any]:
+    package = sys.modules.get("bitsandbytes.nn.modules")
+    if package is not None:
+        yield from (m for m in model.modules() if isinstance(m, package.Linear4bit | package.Linear8bitLt))
+
+
+def _bitsandbytes_attributes(model: nn.Module) -> Iterator[dict[str, Any]]:
+    # its forward settles the compute dtype at the first call and moves int8 scales from the parameter to the module
+    for layer in _bitsandbytes_layers(model):
+        yield from (layer.__dict__, layer.weight.__dict__)
+        if hasattr(layer, "state"):
+            yield layer.state.__dict__
+
+
+def _bitsandbytes_biases(model: nn.Module) -> Iterator[Tensor]:
+    return (layer.bias for layer in _bitsandbytes_layers(model) if layer.bias is not None)

@@ -1,0 +1,148 @@
+"""`patch` and `unpatch`: the class swap over a model, and the way back.
+
+`patch` first looks at every module and only then changes any; should the change itself fail, it is undone. Modules are
+told apart by what their class computes, never by the name or family of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+
+from peftkern.backends import registry
+from peftkern.patch import fused
+from peftkern.patch.examine import Finding, examine
+from peftkern.patch.fused import STATE, LayerState
+from peftkern.patch.report import PatchReport
+from peftkern.patch.weights import original_class
+
+
+class PatchError(RuntimeError):
+    """`patch` or `unpatch` could not do what it was asked to; the model is as it was."""
+
+
+def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> PatchReport:
+    """Let the linear layers of ``model`` that are quantized or carry LoRA adapters run on fused kernels, in place.
+
+    Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, and bitsandbytes
+    layers without adapter. Only the class of these instances changes, to a subclass of itself. Adapters may be added,
+    switched, disabled, merged and saved afterwards through PEFT's own calls; where PEFT creates new layers, call
+    `patch` again. What the fused product does not cover (DoRA and other variants, `adapter_names`, hooks on inner
+    layers) runs the code that it ran before, and is named in the report or, when it depends on the call, logged and
+    counted in the next report.
+
+    Two differences to the code replaced: one rounding to the dtype of x instead of several, sums being in float32; and
+    over bitsandbytes' int8, the exact product with the dequantized weight, where bitsandbytes rounds activations.
+
+    Args:
+        model: any module: a `transformers` model, a `peft.PeftModel`, a part of one.
+        kernels: ``"auto"``, or the name of the backend that must run every patched module.
+        strict: raise when a LoRA layer over a linear layer, or a bitsandbytes linear layer, has to be left alone.
+
+    Returns:
+        A report with one row per module; ``str(report)`` groups the layers of a model.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: ``kernels`` names no backend.
+        PatchError: with ``strict``, a module could not be taken; or ``kernels`` cannot run one. The model is unchanged.
+    """
+    _check_model("patch", model)
+    if kernels != "auto" and kernels not in registry.PREFERENCE:
+        raise ValueError(f"patch: kernels must be 'auto' or one of {list(registry.PREFERENCE)}, got {kernels!r}")
+    backend = None if kernels == "auto" else kernels
+    try:
+        findings = list(examine(model, backend))
+    except registry.BackendError as error:
+        raise PatchError(f"patch: kernels={kernels!r}: {error}; the model is unchanged") from error
+    report = PatchReport(tuple(finding.row for finding in findings if finding.row is not None))
+    if strict:
+        _check_all_taken(report)
+    _swap(findings, backend)
+    return report
+
+
+def unpatch(model: nn.Module) -> int:
+    """Give every patched module of ``model`` back the class that it had; its outputs are bit-identical again.
+
+    Returns:
+        How many modules were put back; 0 for a model that is not patched.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        PatchError: a patched module has been given yet another class since (`fully_shard` does). Nothing was changed.
+    """
+    _check_model("unpatch", model)
+    modules = patched_modules(model)
+    for name, module in modules.items():
+        if "_peftkern_original" not in type(module).__dict__:
+            raise PatchError(f"unpatch: {name} was patched and then became a {type(module).__name__}; undo that first")
+    for module in modules.values():
+        fused.set_class(module, original_class(type(module)))
+        del module.__dict__[STATE]
+    return len(modules)
+
+
+def patched_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The patched modules of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if fused.is_fused(module)}
+
+
+@contextmanager
+def originals(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """In this context those of ``modules`` that are patched have their original class."""
+    swapped = [(module, type(module)) for module in modules if fused.is_fused(module)]
+    try:
+        for module, layer_class in swapped:
+            fused.set_class(module, original_class(layer_class))
+        yield
+    finally:
+        for module, layer_class in swapped:
+            fused.set_class(module, layer_class)
+
+
+def _check_model(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _check_all_taken(report: PatchReport) -> None:
+    missed = [row for row in report.left if row.wanted]
+    if not missed:
+        return
+    lines = "\n".join(f"  {row.module}: {row.reason}" for row in missed[:10])
+    more = f"\n  and {len(missed) - 10} more" if len(missed) > 10 else ""
+    raise PatchError(
+        f"patch: strict=True, and {len(missed)} modules cannot be taken; the model is unchanged. "
+        f"strict=False leaves them on their own code.\n{lines}{more}"
+    )
+
+
+def _swap(findings: list[Finding], backend: str | None) -> None:
+    warned = {finding.row.reason for finding in findings if finding.row is not None and finding.row.action == "left"}
+    done: list[tuple[nn.Module, type, LayerState | None]] = []
+    try:
+        for finding in findings:
+            if finding.layer_class is None:
+                continue
+            module, before = finding.module, finding.module.__dict__.get(STATE)
+            done.append((module, type(module), before))
+            state = LayerState(finding.name, backend, warned)
+            module.__dict__[STATE] = state if before is None else replace(before, name=finding.name, backend=backend)
+            if not fused.is_fused(module):
+                fused.set_class(module, finding.layer_class)
+    except BaseException:
+        for module, layer_class, before in reversed(done):
+            _restore(module, layer_class, before)
+        raise
+
+
+def _restore(module: nn.Module, layer_class: type, state: LayerState | None) -> None:
+    fused.set_class(module, layer_class)
+    if state is None:
+        module.__dict__.pop(STATE, None)
+    else:
+        module.__dict__[STATE] = state
