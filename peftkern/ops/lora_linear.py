@@ -305,7 +305,8 @@ def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *adapters, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
     x_ = x.reshape(-1, x.shape[-1])
     y, h = registry.run("lora_linear", x_, weight, Adapters(*adapters), bias, backend=backend)
-    return y.view(*x.shape[:-1], y.shape[-1]), h
+    # not a view in autograd's eyes: the output of an operator may be modified in place, one of several views may not
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h
 
 
 @_forward_operator.register_fake
