@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors arrive as addresses, sizes and strides: peftkern/backends/cpu.py checks them,
-// and the module works with every version of PyTorch. The GIL is released while a kernel runs.
+// The only file that knows Python. Tensors arrive as addresses, sizes and strides: peftkern/backends/cpu.py checks
+// them, and the module works with every version of PyTorch. The GIL is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,7 +10,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
-#include "cpu/product.h"
+#include "cpu/run.h"
 
 namespace py = pybind11;
 using namespace peftkern;
@@ -24,8 +24,8 @@ const T* pointer(uintptr_t address) {
 
 // (data, encoding, rows, columns, row_stride, codebook, block_shift,
 //  scales, scale_codebook, scales_absmax, scales_offset, scales_block_shift)
-using WeightTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, int, uintptr_t, uintptr_t,
-                               uintptr_t, float, int>;
+using WeightTuple =
+    std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, float, int>;
 
 Weight to_weight(const WeightTuple& t) {
   Weight w;
@@ -97,13 +97,44 @@ void product(const std::string& isa, const ActivationsTuple& activations, int64_
   cpu::run_product(kernels, p);
 }
 
+void quantize(const std::string& isa, uintptr_t values, int dtype, int64_t elements, int64_t block_size, int encoding,
+              uintptr_t bounds, uintptr_t codes, uintptr_t grid, uintptr_t packed, uintptr_t scales, int threads) {
+  cpu::Quantization q;
+  q.values = pointer<void>(values);
+  q.dtype = static_cast<DType>(dtype);
+  q.elements = elements;
+  q.block_size = block_size;
+  q.encoding = static_cast<Encoding>(encoding);
+  q.bounds = pointer<float>(bounds);
+  q.codes = pointer<uint8_t>(codes);
+  q.grid = pointer<uint8_t>(grid);
+  q.packed = reinterpret_cast<uint8_t*>(packed);
+  q.scales = reinterpret_cast<float*>(scales);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_quantization(kernels, q, threads);
+}
+
+void dequantize(const std::string& isa, const WeightTuple& weight, int64_t elements, int64_t block_size, uintptr_t out,
+                int dtype, int threads) {
+  cpu::Dequantization d;
+  d.weight = to_weight(weight);
+  d.elements = elements;
+  d.block_size = block_size;
+  d.out = reinterpret_cast<void*>(out);
+  d.dtype = static_cast<DType>(dtype);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_dequantization(kernels, d, threads);
+}
+
 py::list instruction_sets() {
   py::list rows;
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
     py::dict row;
     row["name"] = set.name;
     row["supported"] = set.supported();
-    row["native_bfloat16"] = set.kernels()->native_bfloat16;
+    row["native_bfloat16"] = set.kernels()->native_bfloat16;  // a read of a constant table: runs on any processor
     row["native_float16"] = set.kernels()->native_float16;
     rows.append(row);
   }
@@ -122,8 +153,19 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("name"), "The one named, or the best that runs here; ValueError where it does not.");
   module.def("thread_source", &cpu::thread_source, "The OpenMP library whose threads are used, or 'std::thread'.");
+  module.def(
+      "advise_huge_pages",
+      [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      py::arg("data"), py::arg("bytes"), "Hints that this buffer will be written as a whole.");
   module.def("product", &product, py::arg("isa"), py::arg("activations"), py::arg("tokens"), py::arg("weight"),
              py::arg("weight_dropout"), py::arg("transposed"), py::arg("alpha"), py::arg("low_rank"), py::arg("bias"),
              py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"), py::arg("precision"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct Product, says what is computed.");
+  module.def("quantize", &quantize, py::arg("isa"), py::arg("values"), py::arg("dtype"), py::arg("elements"),
+             py::arg("block_size"), py::arg("encoding"), py::arg("bounds"), py::arg("codes"), py::arg("grid"),
+             py::arg("packed"), py::arg("scales"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Quantization, says what is computed.");
+  module.def("dequantize", &dequantize, py::arg("isa"), py::arg("weight"), py::arg("elements"), py::arg("block_size"),
+             py::arg("out"), py::arg("dtype"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Dequantization, says what is computed.");
 }

@@ -58,6 +58,29 @@ struct Product {
 static inline int64_t product_outputs(const Product& p) { return p.transposed ? p.weight.columns : p.weight.rows; }
 static inline int64_t product_features(const Product& p) { return p.transposed ? p.weight.rows : p.weight.columns; }
 
+// Values to codes; peftkern/ops/quantize.py says how. Blocks are `block_size` consecutive elements; rows for int8.
+struct Quantization {
+  const void* values = nullptr;
+  DType dtype = DType::float32;
+  int64_t elements = 0;
+  int64_t block_size = 0;
+  Encoding encoding = Encoding::code4;
+  const float* bounds = nullptr;   // code4: 15 ascending bounds between codes
+  const uint8_t* codes = nullptr;  // code4: the code of each of the 16 intervals
+  const uint8_t* grid = nullptr;   // code8: the code of each of 65536 points from -1 to 1
+  uint8_t* packed = nullptr;
+  float* scales = nullptr;
+};
+
+// Codes to values; the weight counts as one row of `elements`.
+struct Dequantization {
+  Weight weight;
+  int64_t elements = 0;
+  int64_t block_size = 0;
+  void* out = nullptr;
+  DType dtype = DType::float32;
+};
+
 struct Kernels {
   const char* name;
   bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor; elsewhere it runs as float32
@@ -65,6 +88,8 @@ struct Kernels {
   size_t (*product_scratch)(const Product&);  // bytes that each thread needs
   int64_t (*product_tasks)(const Product&);
   void (*product_task)(const Product&, int64_t task, void* scratch);
+  void (*quantize_blocks)(const Quantization&, int64_t begin, int64_t end);
+  void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
 };
 
 }  // namespace peftkern::cpu

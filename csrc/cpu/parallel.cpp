@@ -14,8 +14,8 @@
 
 // PyTorch's wheel brings its own OpenMP library. Linking against another copy would give the process two pools, whose
 // waiting threads spin and take the cores from each other. So nothing is linked: the library that is already loaded is
-// looked up by name, and its entry point GOMP_parallel, which GCC's, LLVM's and Intel's run-times all export, starts the
-// team that PyTorch's own operators use. Where none is loaded, plain threads do.
+// looked up by name, and its entry point GOMP_parallel, which GCC's, LLVM's and Intel's run-times all export, starts
+// the team that PyTorch's own operators use. Where none is loaded, plain threads do.
 
 namespace peftkern::cpu {
 namespace {

@@ -164,7 +164,7 @@ def _chunks(w: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 @cache
-def _four_bit_bounds(format: str, device: torch.device) -> tuple[Tensor, Tensor]:
+def four_bit_bounds(format: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Midpoints between neighbouring codebook values, ascending, and the code of each interval between them.
 
     FP4 has two zeros. Code 0 takes what is rounded up to zero and 0 itself, code 8 what is rounded down to it.
@@ -174,7 +174,7 @@ def _four_bit_bounds(format: str, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def _quantize_4bit(w: Tensor, format: str, block_size: int) -> tuple[Tensor, Tensor]:
-    bounds, codes = _four_bit_bounds(format, w.device)
+    bounds, codes = four_bit_bounds(format, w.device)
     packed = torch.empty(block_count(w.numel(), 2), dtype=torch.uint8, device=w.device)
     scales = torch.empty(block_count(w.numel(), block_size), dtype=torch.float32, device=w.device)
     for begin, values in _chunks(w):
@@ -205,7 +205,7 @@ def _scale_4bit(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _dynamic_grid(device: torch.device) -> Tensor:
+def dynamic_grid(device: torch.device) -> Tensor:
     """[65536] uint8: the dynamic code for each of the points -1 + 2 i / 65535."""
     values = codebook("int8_blockwise")
     bounds = (values[:-1] + values[1:]) * 0.5
@@ -214,7 +214,7 @@ def _dynamic_grid(device: torch.device) -> Tensor:
 
 
 def _quantize_blockwise(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    grid = _dynamic_grid(w.device)
+    grid = dynamic_grid(w.device)
     codes = torch.empty(w.numel(), dtype=torch.uint8, device=w.device)
     scales = torch.empty(block_count(w.numel(), block_size), dtype=torch.float32, device=w.device)
     for begin, values in _chunks(w):

@@ -6,10 +6,13 @@
 #include "cpu/isa/panels.inl.h"
 //
 #include "cpu/isa/product.inl.h"
+//
+#include "cpu/isa/quantize.inl.h"
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16, product_scratch, product_tasks, product_task,
+      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16,  product_scratch,
+      product_tasks,     product_task,    quantize_blocks, dequantize_blocks,
   };
   return &table;
 }

@@ -8,8 +8,8 @@
 
 struct Panels {
   void* data;
-  int64_t width;      // columns of a panel
-  int64_t column;     // of the first panel, within the task
+  int64_t width;   // columns of a panel
+  int64_t column;  // of the first panel, within the task
   int64_t count;
   int64_t steps;      // k of this block
   int64_t allocated;  // k that one panel has room for, even
@@ -44,8 +44,7 @@ static inline bool even_blocks(const Weight& weight, int64_t multiple) {
 
 static inline void apply_dropout(float* values, int64_t count, const Dropout& dropout, int64_t row, int64_t column) {
   const uint32_t key = dropout_row_key(dropout, static_cast<uint32_t>(row));
-  for (int64_t i = 0; i < count; ++i)
-    values[i] *= dropout_factor(dropout, key, static_cast<uint32_t>(column + i));
+  for (int64_t i = 0; i < count; ++i) values[i] *= dropout_factor(dropout, key, static_cast<uint32_t>(column + i));
 }
 
 // ---- element by element
@@ -154,8 +153,10 @@ struct RowScales {
   Float value;
 
   RowScales(const Weight& weight_, int64_t row_)
-      : weight(weight_), row(row_),
-        aligned(weight_.block_shift < 0 || weight_.columns % (int64_t{1} << weight_.block_shift) == 0), value(zero()) {}
+      : weight(weight_),
+        row(row_),
+        aligned(weight_.block_shift < 0 || weight_.columns % (int64_t{1} << weight_.block_shift) == 0),
+        value(zero()) {}
 
   Float at(int64_t column) {
     const int64_t column_block = weight.block_shift < 0 ? 0 : column >> weight.block_shift;
@@ -246,8 +247,7 @@ static void decode_along_rows(const Weight& weight, int64_t column0, int64_t k0,
     for (int64_t panel = 0; panel < panels.count; ++panel)
       for (int64_t lane = 0; lane < panels.width; lane += kLanes, column += kLanes) {
         const Float first = decode_row_vector(encoded, weight, k0 + k, column, first_scale);
-        const Float second =
-            has_second ? decode_row_vector(encoded, weight, k0 + k + 1, column, second_scale) : zero();
+        const Float second = has_second ? decode_row_vector(encoded, weight, k0 + k + 1, column, second_scale) : zero();
         put<kForm>(panels, panel, k, lane, first, second);
       }
   }
@@ -290,12 +290,18 @@ static void decode_panels(const Weight& weight, bool transposed, int64_t output0
 #ifdef PEFTKERN_VECTOR_DECODE
   if (even_blocks(weight, transposed ? kLanes : 8)) {
     switch (weight.encoding) {
-      case Encoding::code4: return decode_vectors<Code4, kForm>(weight, transposed, output0, k0, panels);
-      case Encoding::code8: return decode_vectors<Code8, kForm>(weight, transposed, output0, k0, panels);
-      case Encoding::int8: return decode_vectors<Int8, kForm>(weight, transposed, output0, k0, panels);
-      case Encoding::float32: return decode_vectors<Float32, kForm>(weight, transposed, output0, k0, panels);
-      case Encoding::bfloat16: return decode_vectors<Bfloat16, kForm>(weight, transposed, output0, k0, panels);
-      case Encoding::float16: return decode_vectors<Float16, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::code4:
+        return decode_vectors<Code4, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::code8:
+        return decode_vectors<Code8, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::int8:
+        return decode_vectors<Int8, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::float32:
+        return decode_vectors<Float32, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::bfloat16:
+        return decode_vectors<Bfloat16, kForm>(weight, transposed, output0, k0, panels);
+      case Encoding::float16:
+        return decode_vectors<Float16, kForm>(weight, transposed, output0, k0, panels);
     }
   }
 #endif

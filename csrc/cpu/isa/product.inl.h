@@ -1,9 +1,9 @@
 // The product behind lora_linear and its gradients; kernels.h says what it computes.
 //
 // A task owns a range of outputs (and of tokens, where there are too few outputs to go round). For each block of
-// features it decodes its part of the weight once, into panels that stay in the L2 cache, and walks over all tokens with
-// register tiles; the low-rank terms are one more block of features in the same accumulators. Where one tile holds all
-// tokens a panel is used once, so it is made small enough for the L1 cache, and the activations are packed once.
+// features it decodes its part of the weight once, into panels that stay in the L2 cache, and walks over all tokens
+// with register tiles; the low-rank terms are one more block of features in the same accumulators. Where one tile holds
+// all tokens a panel is used once, so it is made small enough for the L1 cache, and the activations are packed once.
 // Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of threads.
 #pragma once
 
@@ -12,8 +12,8 @@ constexpr int64_t kPanelsPerTask = 16;     // 512 KB of panels, half of the smal
 constexpr int64_t kFewFeatureBlock = 128;  // one tile of tokens, weight reduced along columns: 16 KB, one panel
 constexpr int64_t kFewRowBlock = 32;       // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
                                            // so that a row is decoded in one sweep over its cache lines
-constexpr int64_t kTokenBlock = 2048;      // bounds the scratch for 16-bit outputs; the weight is decoded once per block
-constexpr int64_t kTasksPerThread = 4;     // enough for a thread that is held up to lose little
+constexpr int64_t kTokenBlock = 2048;   // bounds the scratch for 16-bit outputs; the weight is decoded once per block
+constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up to lose little
 
 static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -22,13 +22,13 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 struct Schedule {
   Precision form;
   int tile_rows;
-  int64_t width;            // of a panel
-  int64_t low_rank_width;   // of a panel of the low-rank terms, which are always float32
+  int64_t width;           // of a panel
+  int64_t low_rank_width;  // of a panel of the low-rank terms, which are always float32
   int64_t panels_per_task;
   int64_t output_tasks;
   int64_t token_tasks;
   int64_t tokens_per_task;
-  bool one_tile;            // every token of a task fits into one tile
+  bool one_tile;  // every token of a task fits into one tile
 };
 
 static Precision available_form(const Product& p) {
@@ -85,11 +85,11 @@ static Tile find_tile(Precision form, int rows, int64_t width) {
 
 struct Scratch {
   void* panels;
-  float* staged;       // activations of one tile as floats, [row][feature]
-  void* activations;   // the same in the order of the tile, [feature][row]; one block, or all where one_tile
-  float* row_scales;   // float16 form: of the rows, for each block of features
-  float* corner;       // a tile that does not fit into the output
-  float* sums;         // output block of a 16-bit output
+  float* staged;      // activations of one tile as floats, [row][feature]
+  void* activations;  // the same in the order of the tile, [feature][row]; one block, or all where one_tile
+  float* row_scales;  // float16 form: of the rows, for each block of features
+  float* corner;      // a tile that does not fit into the output
+  float* sums;        // output block of a 16-bit output
 };
 
 static inline int64_t staged_stride() { return kFeatureBlock + kLanes; }
@@ -244,8 +244,9 @@ static inline void* panel_at(const Panels& panels, Precision form, int64_t panel
 }
 
 // One tile of packed tokens against every panel.
-static void multiply_tile(const void* packed, const float* row_scales, const Panels& panels, Precision form, int64_t row0,
-                          int rows, const Scratch& scratch, const Block& block, bool accumulate, const Dropout* mask) {
+static void multiply_tile(const void* packed, const float* row_scales, const Panels& panels, Precision form,
+                          int64_t row0, int rows, const Scratch& scratch, const Block& block, bool accumulate,
+                          const Dropout* mask) {
   const Tile tile = find_tile(form, rows, panels.width);
   TileArguments arguments;
   arguments.activations = packed;
@@ -303,8 +304,7 @@ static float half_panel_scale(const Weight& weight, bool transposed, int64_t out
 static void decode_form(const Weight& weight, bool transposed, int64_t output0, int64_t k0, Precision form,
                         const Panels& panels) {
 #ifdef PEFTKERN_VECTOR_FORMS
-  if (form == Precision::bfloat16)
-    return decode_panels<Precision::bfloat16>(weight, transposed, output0, k0, panels);
+  if (form == Precision::bfloat16) return decode_panels<Precision::bfloat16>(weight, transposed, output0, k0, panels);
   if (form == Precision::float16) return decode_panels<Precision::float16>(weight, transposed, output0, k0, panels);
 #else
   (void)form;
@@ -324,8 +324,8 @@ struct Pair {
   const Dropout* mask;
 };
 
-static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block& block, int64_t column, int64_t columns,
-                           int64_t k0, int64_t steps) {
+static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block& block, int64_t column,
+                           int64_t columns, int64_t k0, int64_t steps) {
   Panels panels;
   panels.data = scratch.panels;
   panels.width = pair.width;
@@ -339,8 +339,7 @@ static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block
     panels.scale = half_panel_scale(pair.weight, pair.transposed, block.output0 + column, columns, k0, steps);
 #endif
   decode_form(pair.weight, pair.transposed, block.output0 + column, k0, pair.form, panels);
-  if (dropout_active(pair.weight_dropout))
-    drop_panels(pair.weight_dropout, block.output0 + column, k0, panels);
+  if (dropout_active(pair.weight_dropout)) drop_panels(pair.weight_dropout, block.output0 + column, k0, panels);
   return panels;
 }
 
@@ -375,9 +374,8 @@ static void accumulate_one_tile(const Pair& pair, int64_t features, const Scratc
     for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
       const int64_t steps = minimum(feature_block, features - k0);
       const Panels panels = decode_block(pair, scratch, block, column, columns, k0, steps);
-      multiply_tile(packed_at(scratch.activations, pair.form, rows, k0),
-                    scratch.row_scales + k0 / feature_block * rows, panels, pair.form, 0, rows, scratch, block,
-                    accumulate || k0 > 0, pair.mask);
+      multiply_tile(packed_at(scratch.activations, pair.form, rows, k0), scratch.row_scales + k0 / feature_block * rows,
+                    panels, pair.form, 0, rows, scratch, block, accumulate || k0 > 0, pair.mask);
     }
   }
 }
@@ -448,8 +446,7 @@ static void product_task(const Product& p, int64_t task, void* memory) {
   for (block.token0 = token_begin; block.token0 < token_end; block.token0 += kTokenBlock) {
     block.tokens = minimum(kTokenBlock, token_end - block.token0);
     block.stride = buffered ? s.panels_per_task * s.width : p.out_stride;
-    block.sums =
-        buffered ? scratch.sums : static_cast<float*>(p.out) + block.token0 * p.out_stride + block.output0;
+    block.sums = buffered ? scratch.sums : static_cast<float*>(p.out) + block.token0 * p.out_stride + block.output0;
     for (int64_t i = 0; i < p.low_rank_count; ++i)
       accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i > 0);
     accumulate_pair({p.activations, p.weight, p.weight_dropout, p.transposed, s.form, s.tile_rows, s.width, nullptr}, s,

@@ -40,6 +40,9 @@ static inline Float half_to_float(Int v) {
   const __m256i words = and_int(v, 0xFFFFu);
   return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+static inline void store_halves(uint16_t* p, Float v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline Float lookup256(const float* table, Int index) { return _mm256_i32gather_ps(table, index, 4); }
 
 // The first `bytes` bytes (at most 32) and zeros.

@@ -1,8 +1,8 @@
 // Register-blocked tiles: out[rows, columns] (+)= packed activations * panel, in three forms of arithmetic.
 //
 // Packed activations are [k][rows], a panel is [k][columns]: each step broadcasts one activation per row and multiplies
-// it with a few vectors of the panel. Rows go from 1 to the tile's height, so that any number of tokens is a sequence of
-// full tiles; the compiler makes one function of each.
+// it with a few vectors of the panel. Rows go from 1 to the tile's height, so that any number of tokens is a sequence
+// of full tiles; the compiler makes one function of each.
 #pragma once
 
 struct TileArguments {

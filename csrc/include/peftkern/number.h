@@ -60,8 +60,7 @@ static inline void store_float(void* data, DType dtype, int64_t index, float val
     static_cast<float*>(data)[index] = value;
     return;
   }
-  static_cast<uint16_t*>(data)[index] =
-      dtype == DType::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
+  static_cast<uint16_t*>(data)[index] = dtype == DType::bfloat16 ? float_to_bfloat16(value) : float_to_float16(value);
 }
 
 }  // namespace peftkern

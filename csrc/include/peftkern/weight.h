@@ -15,17 +15,17 @@ enum class Encoding : int32_t {
   int8 = 5,   // one signed byte; value = byte * scale (row-wise int8)
 };
 
-// Scales belong to blocks of 2^block_shift consecutive elements in row-major order, which may run over the end of a row;
-// with a negative block_shift a block is a row.
+// Scales belong to blocks of 2^block_shift consecutive elements in row-major order, which may run over the end of a
+// row; with a negative block_shift a block is a row.
 struct Weight {
   const void* data = nullptr;
   Encoding encoding = Encoding::float32;
   int64_t rows = 0;
   int64_t columns = 0;
-  int64_t row_stride = 0;            // elements; dense encodings only
-  const float* codebook = nullptr;   // 16 or 256 values
+  int64_t row_stride = 0;           // elements; dense encodings only
+  const float* codebook = nullptr;  // 16 or 256 values
   int32_t block_shift = -1;
-  const void* scales = nullptr;      // float, or uint8 when double-quantized
+  const void* scales = nullptr;           // float, or uint8 when double-quantized
   const float* scale_codebook = nullptr;  // 256 values; null: the scales are floats
   const float* scales_absmax = nullptr;
   float scales_offset = 0.0f;
