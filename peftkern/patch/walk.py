@@ -141,7 +141,8 @@ def _swap(findings: list[Finding], backend: str | None) -> None:
 
 
 def _restore(module: nn.Module, layer_class: type, state: LayerState | None) -> None:
-    fused.set_class(module, layer_class)
+    if type(module) is not layer_class:
+        fused.set_class(module, layer_class)
     if state is None:
         module.__dict__.pop(STATE, None)
     else:

@@ -10,8 +10,15 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from peftkern.nn import QuantizedLinear
 

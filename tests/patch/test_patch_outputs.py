@@ -23,6 +23,17 @@ def test_forward_and_backward_agree(base: str) -> None:
     assert_same_run(model, text(), expected)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_outputs_may_be_modified_in_place(base: str) -> None:
+    model = lora(llama(base))
+    patch(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    for modify in (lambda y: y.mul_(2), lambda y: y.view(-1, 192).add_(1), lambda y: y[0].zero_()):
+        output = layer(torch.randn(2, 3, 64))
+        modify(output)
+        output.sum().backward()
+
+
 def test_bert_with_biases_and_another_head() -> None:
     model = lora(bert(), target_modules=["query", "value", "dense"], task_type="SEQ_CLS")
     batch = {"input_ids": text()["input_ids"], "labels": torch.tensor([0, 1])}
@@ -105,7 +116,8 @@ def test_each_layer_and_adapter_has_its_own_mask() -> None:
     model.add_adapter("second", model.peft_config["default"])
     model.base_model.set_adapter(["default", "second"])
     patch(model, strict=True)
-    layers = [model.base_model.model.model.layers[0].self_attn.q_proj, model.base_model.model.model.layers[1].mlp.up_proj]
+    decoder = model.base_model.model.model.layers
+    layers = [decoder[0].self_attn.q_proj, decoder[1].mlp.up_proj]
     masks = []
     for layer in layers:
         for name in ("default", "second"):
