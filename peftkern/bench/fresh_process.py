@@ -20,6 +20,7 @@ from typing import IO, Any
 from peftkern.bench.errors import BenchError
 
 _ALLOCATOR_PREFIXES = ("MALLOC_", "GLIBC_TUNABLES")
+_NO_PROGRESS_BARS = {"TQDM_DISABLE": "1"}  # they would push an error out of the last output, which is what is shown
 _ERROR_CHARACTERS = 3000
 
 # The new process must run this very package, also where it was found through the working folder, and not another
@@ -69,9 +70,9 @@ def call(function: str, arguments: Mapping[str, Any], environment: Mapping[str, 
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without the allocator's variables, and with ``extra`` on top."""
+    """This process's environment without the allocator's variables and progress bars, and with ``extra`` on top."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(_ALLOCATOR_PREFIXES)}
-    return {**inherited, **extra}
+    return {**inherited, **_NO_PROGRESS_BARS, **extra}
 
 
 def resolve(function: str) -> Callable[..., Any]:

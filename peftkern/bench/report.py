@@ -18,12 +18,12 @@ JSON_FIELDS = ("name", "case", "ours", "peer", "unit", "ratio", "min", "max")
 
 RATIO_NOTE = (
     "Each side's figure is the median of samples taken in turn (peer, ours, peer, ours, ...). The ratio is that of the "
-    "two medians: peer/ours for times (more is better), ours/peer for memory (less is better) and for losses (1 is "
-    "right); for a difference it is the largest difference itself. min and max are the smallest and the largest ratio "
-    "of a single pair of neighbouring samples."
+    "two medians: peer/ours for times and ours/peer for rates (more is better), ours/peer for memory (less is better) "
+    "and for losses (1 is right); for a difference it is the largest difference itself. min and max are the smallest "
+    "and the largest ratio of a single pair of neighbouring samples."
 )
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "peftkern")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def as_records(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def write_markdown(results: Sequence[Result], machine: str, path: Path) -> None:
 
 
 def write_chart(results: Sequence[Result], path: Path) -> None:
-    """Draw the ratios as bars, times and rates apart from memory and losses. Differences are not drawn."""
+    """Draw the ratios as bars, times and rates apart from memory. Losses and differences are not drawn."""
     figure = _draw(results)
     _write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
@@ -82,10 +82,11 @@ def describe_machine() -> str:
     """Processor, threads, our kernels and the versions of both sides, in one line."""
     import torch
 
+    from peftkern import __version__
     from peftkern.backends import cpu
 
     kernels = f"kernels for {cpu.chosen_isa()}" if cpu.available() else "no native kernels"
-    versions = ", ".join(f"{package} {_version(package)}" for package in _PACKAGES)
+    versions = ", ".join([f"peftkern {__version__}", *(f"{package} {_version(package)}" for package in _PACKAGES)])
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{_processor()} ({capability}), {torch.get_num_threads()} threads, {kernels}; {versions}"
 
@@ -106,11 +107,15 @@ def _processor() -> str:
     return models[0] if models else platform.machine()
 
 
+_DIGITS = ((100, 0), (10, 1), (1, 2), (0.1, 3))
+"""Decimals of numbers from this size on."""
+
+
 def number(value: float) -> str:
     """Three significant digits, without an exponent where a person would not use one."""
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e6):
         return f"{value:.2e}"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 4
+    digits = next((digits for bound, digits in _DIGITS if abs(value) >= bound), 4)
     return f"{value:.{digits}f}"
 
 
@@ -152,8 +157,8 @@ def _markdown_row(result: Result) -> str:
 
 
 _PANELS = (
-    ("peer's time / ours (more is better)", (Quantity.TIME, Quantity.RATE)),
-    ("ours / the peer's (less is better)", (Quantity.MEMORY, Quantity.LOSS)),
+    ("times as fast as the peer (more is better)", (Quantity.TIME, Quantity.RATE)),
+    ("our memory / the peer's (less is better)", (Quantity.MEMORY,)),
 )
 
 
@@ -179,8 +184,10 @@ def _draw_panel(axis: Any, title: str, rows: Sequence[Result]) -> None:
     above = [row.max - row.ratio for row in rows]
     names = list(dict.fromkeys(row.name for row in rows))
     colours = [f"C{names.index(row.name) % 10}" for row in rows]
-    axis.barh(range(len(rows)), ratios, xerr=(below, above), color=colours, error_kw={"lw": 0.8, "capsize": 2})
+    bars = axis.barh(range(len(rows)), ratios, xerr=(below, above), color=colours, error_kw={"lw": 0.8, "capsize": 2})
+    axis.bar_label(bars, [ratio_text(row) for row in rows], padding=3, fontsize=7)
     axis.set_yticks(range(len(rows)), [f"{row.name}: {row.case}" for row in rows], fontsize=7)
-    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.axvline(1.0, color="black", lw=0.8)
     axis.set_xlabel(title)

@@ -121,3 +121,15 @@ def test_nothing_is_written_when_everything_fails(tmp_path: Path, monkeypatch: p
     result = runner.invoke(app, ["bad", "--output", str(tmp_path), "--json", str(tmp_path / "rows.json")])
     assert result.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: Benchmark) -> None:
+        raise KeyboardInterrupt
+
+    use(monkeypatch, GOOD)
+    monkeypatch.setattr("peftkern.bench.runner.run", interrupted)
+    result = runner.invoke(app, ["good", "--output", str(tmp_path), "--json", str(tmp_path / "rows.json")])
+    assert result.exit_code == 130
+    assert "nothing was written" in result.output
+    assert list(tmp_path.iterdir()) == []

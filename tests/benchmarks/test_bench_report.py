@@ -91,7 +91,15 @@ def test_check_writable_refuses_a_folder_and_a_file_as_parent(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0.0000"), (123.4, "123"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.1234"), (3e-6, "3.00e-06")],
+    [
+        (0.0, "0.0000"),
+        (123.4, "123"),
+        (12.34, "12.3"),
+        (1.234, "1.23"),
+        (0.1234, "0.123"),
+        (0.01234, "0.0123"),
+        (3e-6, "3.00e-06"),
+    ],
 )
 def test_numbers_are_readable(value: float, text: str) -> None:
     assert report.number(value) == text
