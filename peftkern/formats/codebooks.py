@@ -5,7 +5,9 @@ Every value is a float32; the decimal digits below round to exactly the float32 
 
 from __future__ import annotations
 
+import struct
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -54,13 +56,30 @@ FP4: tuple[float, ...] = (
 _DYNAMIC_DECADES = 7
 
 
+def _float32(value: float) -> float:
+    """Rounded to the nearest float32."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def _dynamic_edge(index: int, parts: int) -> float:
+    """Where part ``index`` of ``parts`` equal ones of (0.1, 1) begins; counted from the nearer end, rounded once."""
+    start = _float32(0.1)
+    step = _float32(_float32(1.0 - start) / parts)
+    return _float32(start + index * step if 2 * index < parts else 1.0 - (parts - index) * step)
+
+
 def _dynamic_magnitudes() -> list[float]:
-    """The 127 positive values below 1: decade d holds the middles of 2**d equal parts of (0.1, 1) * 10**(d - 6)."""
+    """The 127 positive values below 1: decade d holds the middles of 2**d equal parts of (0.1, 1) * 10**(d - 6).
+
+    Spelled out, because the last bits of ``torch.linspace`` depend on the processor. These are the bits that it has,
+    and bitsandbytes with it, where there are fused multiply-adds.
+    """
     magnitudes: list[float] = []
     for decade in range(_DYNAMIC_DECADES):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        magnitudes += (10 ** (decade - _DYNAMIC_DECADES + 1) * middles).tolist()
+        scale = _float32(10.0 ** (decade - _DYNAMIC_DECADES + 1))
+        edges = [_dynamic_edge(index, 2**decade) for index in range(2**decade + 1)]
+        middles = [_float32(low + high) / 2 for low, high in pairwise(edges)]
+        magnitudes += [_float32(scale * middle) for middle in middles]
     return magnitudes
 
 

@@ -153,7 +153,7 @@ class QuantizedTensor:
             )
         if self.format == "int8":
             self._validate_int8_options()
-        elif self.block_size not in BLOCK_SIZES:
+        elif not isinstance(self.block_size, int) or self.block_size not in BLOCK_SIZES:
             raise ValueError(f"QuantizedTensor: block_size must be one of {BLOCK_SIZES}, got {self.block_size}")
 
     def _validate_int8_options(self) -> None:

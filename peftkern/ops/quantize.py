@@ -85,7 +85,7 @@ def _check(w: Tensor, format: str, block_size: int, double_quant: bool) -> None:
         raise ValueError(f"quantize: format must be one of {sorted(FORMATS)}, got {format!r}")
     if format == "int8":
         _check_int8(w, double_quant)
-    elif block_size not in BLOCK_SIZES:
+    elif not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ValueError(f"quantize: block_size must be one of {BLOCK_SIZES}, got {block_size}")
 
 
