@@ -9,7 +9,6 @@ a bitsandbytes weight shares the memory of its packed data and scales.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +43,9 @@ class BaseKind:
     read: Callable[[Any], Tensor | QuantizedTensor]
     swap: bool = False
     note: str = ""
+
+
+_found: dict[type, BaseKind | None] = {}
 
 
 class ViewCache:
@@ -84,9 +86,15 @@ def read_weight(base: nn.Module) -> Tensor | QuantizedTensor:
     return kind.read(base)
 
 
-@functools.cache
 def base_kind(base_class: type) -> BaseKind | None:
     """What is known of an (original) class of base layers; ``None`` when nothing is."""
+    # no functools.cache, which torch.compile warns about
+    if base_class not in _found:
+        _found[base_class] = _find_kind(base_class)
+    return _found[base_class]
+
+
+def _find_kind(base_class: type) -> BaseKind | None:
     forward = getattr(base_class, "forward", None)
     for module_name, class_name, kind in _KINDS:
         module = sys.modules.get(module_name)

@@ -1,0 +1,88 @@
+"""The report of `patch`: grouped in print, complete as data."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+from patch_models import llama, lora, text
+from torch import nn
+
+from peftkern.patch import PatchReport, PatchRow, patch
+
+
+def test_thirty_layers_print_as_one_line_per_kind() -> None:
+    model = lora(llama("nf4"))
+    report = patch(model)
+    lines = str(report).splitlines()
+    assert len(report.rows) == 15
+    assert len(lines) == 2 + 8 + 1
+    [line] = [line for line in lines if "up_proj" in line]
+    assert line.split()[:5] == ["base_model.model.model.layers.*.mlp.up_proj", "2", "lora.Linear", "nf4", "192×64"]
+    assert "lora_linear on " in line
+    [line] = [line for line in lines if "lm_head" in line]
+    assert "(left)" in line
+    assert line.endswith("dense, no adapter")
+    assert lines[-1] == "14 modules fused, 1 left alone"
+
+
+def test_rows_that_differ_are_not_grouped() -> None:
+    model = lora(llama(), target_modules=["up_proj"], layers_to_transform=[0])
+    lines = str(patch(model)).splitlines()
+    up = [line for line in lines if "up_proj" in line]
+    assert len(up) == 2
+    assert any("layers.0.mlp.up_proj" in line and "lora_linear" in line for line in up)
+    assert any("layers.1.mlp.up_proj" in line and "dense, no adapter" in line for line in up)
+
+
+def test_long_remarks_become_footnotes() -> None:
+    lines = str(patch(lora(llama("bnb-int8")))).splitlines()
+    assert sum(line.endswith("[1]") for line in lines) == 7
+    assert [line for line in lines if line.startswith("[1] ")] == [lines[-2]]
+    assert not any("[2]" in line for line in lines)
+    assert max(map(len, lines[:-2])) < 150
+
+
+def test_calls_left_show_in_the_next_report() -> None:
+    model = lora(llama()).eval()
+    patch(model)
+    model(input_ids=text()["input_ids"], adapter_names=["default", "__base__"])
+    report = patch(model)
+    assert "2 calls left: called with adapter_names" in str(report)
+    assert report.to_dict()["rows"][0]["calls_left"] == {"called with adapter_names": 1}
+
+
+def test_data_is_json() -> None:
+    model = lora(llama("bnb-nf4"), target_modules=["q_proj"], use_dora=True)
+    report = patch(model)
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data["counts"] == {"fused": 14, "left": 3}
+    assert data["reasons"] == {"adapter 'default' is a DoraLinearVariant": 2, "dense, no adapter": 1}
+    assert [PatchRow(**row) for row in data["rows"]] == list(report.rows)
+    assert {row.kind for row in report.fused} == {"bnb.Linear4bit"}
+
+
+def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
+    report = patch(lora(llama("bnb-nf4")))
+    assert not any(row.module.endswith("base_layer") for row in report.rows)
+    report = patch(lora(llama("bnb-nf4"), use_dora=True))
+    assert sum(row.module.endswith("base_layer") for row in report.rows) == 14
+
+
+def test_quantized_linear_without_adapter_is_named_as_ours() -> None:
+    report = patch(llama("nf4"), strict=True)
+    assert report.counts == {"fused": 14, "left": 1}
+    assert {row.kind for row in report.fused} == {"QuantizedLinear"}
+
+
+def test_a_model_without_linear_layers() -> None:
+    report = patch(nn.Sequential(nn.LayerNorm(3), nn.ReLU()), strict=True)
+    assert report == PatchReport(())
+    assert str(report) == "0 modules fused, 0 left alone: the model has no linear or adapter layers"
+
+
+def test_a_single_layer_is_a_model_too() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    layer = model.base_model.model[0]
+    report = patch(layer)
+    assert [(row.module, row.action) for row in report.rows] == [("", "fused")]
