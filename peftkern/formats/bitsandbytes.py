@@ -166,7 +166,7 @@ def _read_blockwise(weight: Tensor, companions: Mapping[str, Tensor], key: str) 
 
 def _read_packed(weight: Tensor, state: QuantState, key: str) -> Tensor:
     # bitsandbytes can keep the codes in a floating-point tensor, whose bytes are the codes.
-    packed = weight if weight.dtype == torch.uint8 else weight.contiguous().view(torch.uint8)
+    packed = weight.flatten().view(torch.uint8)
     shape = packed_shape(state.shape, state.format, state.block_size)
     if packed.numel() != shape.numel():
         raise ValueError(

@@ -27,6 +27,10 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]
     def __init__(self, hf_quantizer: PeftkernQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWeight:
+        # transformers copies the operation for every weight; they all report to the one quantizer
+        return self
+
     def convert(
         self,
         input_dict: Tensors,
@@ -58,6 +62,10 @@ class ReadWeight(ConversionOps):  # type: ignore[misc]
 
     def __init__(self, hf_quantizer: PeftkernQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWeight:
+        # transformers copies the operation for every weight; they all report to the one quantizer
+        return self
 
     def convert(
         self,

@@ -63,7 +63,9 @@ def quantize_(model: nn.Module, config: QuantConfig) -> QuantizeReport:
 def _check_other_quantizer(model: nn.Module) -> None:
     for pretrained in pretrained_models(model):
         quantizer = getattr(pretrained, "hf_quantizer", None)
-        if quantizer is not None and not isinstance(quantizer, PeftkernQuantizer):
+        # A GGUF file that was loaded dense leaves its quantizer behind, with an empty list of packed modules.
+        packed = getattr(quantizer, "packed_modules", True)
+        if quantizer is not None and packed and not isinstance(quantizer, PeftkernQuantizer):
             method = getattr(quantizer.quantization_config, "quant_method", "another method")
             raise ValueError(f"quantize_: the model is already quantized by {getattr(method, 'value', method)}")
 

@@ -329,7 +329,7 @@ def test_merge_keeps_the_dtype_of_the_weight() -> None:
 def test_a_bad_merge_changes_nothing(delta: Tensor) -> None:
     _, module = make()
     before = module.dequantize()
-    with pytest.raises(ValueError, match="delta|finite"):
+    with pytest.raises(ValueError, match=r"delta|finite"):
         module.merge_(delta)
     assert torch.equal(module.dequantize(), before)
 
