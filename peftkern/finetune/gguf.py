@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkern.finetune.cache import cached
+from peftkern.finetune.cache import cache_folder, cached
 from peftkern.finetune.errors import InputError
 
 _MAGIC = b"GGUF"
@@ -53,8 +54,14 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def model_folder(path: Path) -> Path:
+def _say_nothing(_text: str) -> None:
+    pass
+
+
+def model_folder(path: Path, say: Callable[[str], None] = _say_nothing) -> Path:
     """The model in a GGUF file as an ordinary folder: config, float32 safetensors and tokenizer. Cached.
+
+    ``say`` is told when the file is converted, which takes half a minute for each 100 MB.
 
     Raises:
         InputError: the file is no GGUF file, is damaged, or holds an architecture that transformers does not read.
@@ -62,7 +69,12 @@ def model_folder(path: Path) -> Path:
     """
     if not is_gguf(path):
         raise InputError(f"MODEL: {path} is not a GGUF file: it does not start with {_MAGIC.decode()}")
-    return cached(f"{path.stem}-{_key(path)}", lambda folder: _convert(path, folder))
+
+    def build(folder: Path) -> None:
+        say(f"converting {path.name} (once; the result is kept in {cache_folder()})")
+        _convert(path, folder)
+
+    return cached(f"{path.stem}-{_key(path)}", build)
 
 
 def _key(path: Path) -> str:

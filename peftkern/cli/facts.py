@@ -1,0 +1,145 @@
+"""What this machine and this installation have, as data for ``peftkern doctor``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from peftkern import __version__, ops
+from peftkern.backends import cpu, registry
+from peftkern.ops.lora_linear import Adapters
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
+_VARIABLES = (registry.ENVIRONMENT_VARIABLE, cpu.ENVIRONMENT_VARIABLE, "OMP_NUM_THREADS", "PEFTKERN_CACHE")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which backend would run an operation on some input; ``backend`` is ``None`` if none would."""
+
+    operation: str
+    input: str
+    backend: str | None
+    reason: str
+
+
+def gather() -> dict[str, Any]:
+    """All facts. ``usable`` is whether every operation runs on its typical inputs."""
+    choices = list(_choices())
+    return {
+        "usable": all(choice.backend is not None for choice in choices),
+        "versions": _versions(),
+        "cpu": _cpu(),
+        "gpu": _gpus(),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "operations": [asdict(choice) for choice in choices],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"peftkern": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _cpu() -> dict[str, Any]:
+    try:
+        chosen, problem = cpu.chosen_isa(), None
+    except registry.BackendError as error:
+        chosen, problem = None, str(error)
+    return {
+        "processor": _processor(),
+        "native_module": cpu.available(),
+        "native_module_missing_because": cpu.unavailable_reason(),
+        "built": cpu.isa_names(),
+        "supported": cpu.supported_isas(),
+        "chosen": chosen,
+        "not_chosen_because": problem,
+        "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _processor() -> str:
+    if sys.platform == "linux":
+        try:
+            with open("/proc/cpuinfo", encoding="utf-8") as file:
+                names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        except OSError:
+            names = []
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, Any]]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        gpus.append({"name": properties.name, "capability": capability, "memory_mb": properties.total_memory // 10**6})
+    return gpus
+
+
+# ---- which backend would run what
+
+
+Arguments = Callable[[], tuple[Any, ...]]
+
+
+def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
+    """Operation, its input in words, and the arguments that the registry takes for it."""
+    for format in ("nf4", "int8"):
+        for dtype in (torch.float32, torch.bfloat16):
+            text = f"{format} weight, {str(dtype).removeprefix('torch.')}"
+            yield "lora_linear", text, partial(_forward, format, dtype)
+            yield "lora_linear_backward", text, partial(_backward, format, dtype)
+    yield "lora_linear", "dense weight, float32", partial(_forward, None, torch.float32)
+    yield "lora_linear_backward", "dense weight, float32", partial(_backward, None, torch.float32)
+    yield "quantize", "nf4, scales quantized as well", lambda: (_weight(None), "nf4", 64, True)
+    yield "dequantize", "nf4 to float32", lambda: (_weight("nf4"), torch.float32)
+    yield "dequantize", "nf4 to bfloat16", lambda: (_weight("nf4"), torch.bfloat16)
+
+
+_FEATURES, _TOKENS, _RANK = 128, 32, 16
+
+
+def _weight(format: str | None) -> Any:
+    dense = torch.linspace(-1, 1, _FEATURES * _FEATURES).reshape(_FEATURES, _FEATURES)
+    return dense if format is None else ops.quantize(dense, format)
+
+
+def _adapters() -> Adapters:
+    lora_A, lora_B = torch.zeros(_RANK, _FEATURES), torch.zeros(_FEATURES, _RANK)
+    return Adapters([lora_A], [lora_B], [2.0], [0.0], None)
+
+
+def _forward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    return torch.zeros(_TOKENS, _FEATURES, dtype=dtype), _weight(format), _adapters(), None
+
+
+def _backward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
+    return x, x, _weight(format), _adapters(), torch.zeros(_TOKENS, _RANK), True, [True, True]
+
+
+def _choices() -> Iterator[Choice]:
+    for operation, text, arguments in typical_calls():
+        try:
+            choice = registry.choose(operation, *arguments())
+        except (registry.BackendError, ValueError) as error:
+            yield Choice(operation, text, None, str(error))
+        else:
+            yield Choice(operation, text, choice.backend, choice.reason)

@@ -1,0 +1,190 @@
+"""The demonstration: SmolLM2-135M learns to write one-line docstrings from the standard library's own functions.
+
+It is an ordinary run of :mod:`peftkern.finetune.run` on data that it collects, with samples and a comparison around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftkern.finetune import run
+from peftkern.finetune.cache import cached
+from peftkern.finetune.compare import Comparison, compare_with_peer
+from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune.docstrings import Pair, choose_varied, collect_pairs, split_by_module, standard_library
+from peftkern.finetune.encoding import IGNORED, Example
+from peftkern.finetune.errors import InputError
+from peftkern.finetune.gguf import smollm2_file, smollm2_folder
+from peftkern.finetune.modeling import padding_token
+
+INSTRUCTION = "Write the first line of the docstring of this Python function."
+STEPS = 60
+BATCH_SIZE = 8
+HELD_OUT_SHARE = 0.2  # of the modules
+HELD_OUT_PAIRS = 32
+SAMPLES = 3
+TIMED_STEPS = 3
+
+_DATA_VERSION = 1
+_LONGEST_ANSWER = 32  # tokens
+_TRAIN_FILE, _HELD_OUT_FILE = "train.jsonl", "held_out.jsonl"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out function, its real docstring line, and what the model writes before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demonstration shows. ``comparison`` is ``None`` if it was not asked for."""
+
+    results: run.Results
+    samples: list[Sample]
+    comparison: Comparison | None
+
+
+def demonstrate(output: Path, steps: int, compare: bool, resume: bool, console: Console) -> Demonstration:
+    """Train, then show samples and the comparison; ``demo.json`` in ``output`` holds both.
+
+    Raises:
+        InputError: the package with the model is not installed, or ``output`` cannot be used.
+        InterruptedRunError, RunError: as :func:`peftkern.finetune.run.finetune`.
+    """
+    config = make_config(output, steps, resume)
+    session = run.start(config, console)
+    results = run.finish(session, run.train_session(session))
+    samples = write_samples(session, SAMPLES)
+    comparison = None
+    if compare:
+        comparison = compare_with_peer(smollm2_folder(), TIMED_STEPS, session.reporter.say)
+    record = {
+        "samples": [asdict(sample) for sample in samples],
+        "comparison": None if comparison is None else asdict(comparison),
+    }
+    text = json.dumps(record, indent=2) + "\n"
+    session.output.replace("demo.json", lambda path: path.write_text(text, encoding="utf-8"))
+    return Demonstration(results, samples, comparison)
+
+
+def make_config(output: Path, steps: int, resume: bool) -> FinetuneConfig:
+    """The settings of the demonstration; collects its data, or finds them in the cache."""
+    model, data = smollm2_file(), docstring_data()
+    return FinetuneConfig(
+        model=str(model),
+        data=str(data / _TRAIN_FILE),
+        eval_data=str(data / _HELD_OUT_FILE),
+        output=str(output),
+        overwrite=not resume and _is_earlier_run(output),
+        resume=resume,
+        quantization="nf4",
+        double_quant=True,
+        dtype="float32",
+        rank=16,
+        alpha=32.0,
+        max_steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=5e-4,
+        warmup=0.1,
+        max_length=256,
+        max_eval_examples=HELD_OUT_PAIRS,
+        checkpoint_every=25,
+    )
+
+
+def _is_earlier_run(output: Path) -> bool:
+    return any((output / name).exists() for name in ("summary.json", "demo.json", "checkpoints"))
+
+
+# ---- data
+
+
+def docstring_data() -> Path:
+    """A folder with ``train.jsonl`` and ``held_out.jsonl``: chats that ask for a docstring line. Cached.
+
+    Raises:
+        InputError: Python's standard library is not on this machine as source.
+    """
+    folder = standard_library()
+    key = hashlib.sha256(f"{_DATA_VERSION} {folder}".encode()).hexdigest()[:8]
+    return cached(f"docstrings-python-{platform.python_version()}-{key}", lambda target: _write_data(folder, target))
+
+
+def _write_data(library: Path, target: Path) -> None:
+    train, held_out = split_by_module(collect_pairs(library), HELD_OUT_SHARE)
+    if not train or not held_out:
+        raise InputError(
+            f"there are no functions with docstrings in {library}; the demo learns from Python's own source"
+        )
+    # a few hundred more than are learned in the time, so that more steps do not mean the same ones again
+    _write_chats(target / _TRAIN_FILE, choose_varied(train, 4 * STEPS * BATCH_SIZE))
+    _write_chats(target / _HELD_OUT_FILE, choose_varied(held_out, HELD_OUT_PAIRS))
+
+
+def _write_chats(path: Path, pairs: Sequence[Pair]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            file.write(json.dumps({"messages": _chat(pair), "module": pair.module}) + "\n")
+
+
+def _chat(pair: Pair) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": pair.source},
+        {"role": "assistant", "content": pair.summary},
+    ]
+
+
+# ---- samples
+
+
+def write_samples(session: run.Session, count: int) -> list[Sample]:
+    """What the model writes for the first ``count`` held-out functions, without its adapter and with it."""
+    model, tokenizer = session.adapted.model, session.tokenizer
+    samples = []
+    for example in session.splits.held_out[:count]:
+        prompt, reference = _split_at_answer(example)
+        with model.disable_adapter():
+            before = _answer(model, tokenizer, prompt)
+        after = _answer(model, tokenizer, prompt)
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        samples.append(Sample(text, tokenizer.decode(reference, skip_special_tokens=True), before, after))
+    return samples
+
+
+def _split_at_answer(example: Example) -> tuple[list[int], list[int]]:
+    ids, labels = example["input_ids"], example["labels"]
+    start = next(index for index, label in enumerate(labels) if label != IGNORED)
+    return ids[:start], [label for label in labels if label != IGNORED]
+
+
+def _answer(model: Any, tokenizer: Any, prompt: list[int]) -> str:
+    """The most likely continuation, token by token, up to a fixed length."""
+    import torch
+
+    ids = torch.tensor([prompt], device=model.device)
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=_LONGEST_ANSWER,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=padding_token(tokenizer),
+        )
+    answer: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    return " ".join(answer.split())

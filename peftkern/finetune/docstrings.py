@@ -1,0 +1,103 @@
+"""Pairs of a function and the first line of its docstring, from the Python standard library on this machine."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import itertools
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_SHORTEST_LINE, _LONGEST_LINE = 20, 90  # characters: below is no description, above is no one-liner
+_LONGEST_SOURCE = 600
+_LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A function's source without its docstring, and that docstring's first line."""
+
+    module: str
+    source: str
+    summary: str
+
+
+def standard_library() -> Path:
+    """The folder of the standard library's Python sources."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def collect_pairs(folder: Path) -> list[Pair]:
+    """All pairs in the Python files below ``folder``, in a fixed order, each function and each line once."""
+    pairs: list[Pair] = []
+    seen: set[str] = set()
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if _LEFT_OUT.intersection(parts):
+            continue
+        for pair in _pairs_of_file(path, ".".join(parts)):
+            if pair.source not in seen and pair.summary not in seen:
+                seen |= {pair.source, pair.summary}
+                pairs.append(pair)
+    return pairs
+
+
+def split_by_module(pairs: list[Pair], held_out_share: float) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to learn from, and pairs of modules that are held out whole: always the same ones, by their names' hash.
+
+    The files of one package count as one module, because they share names and style.
+    """
+    train = [pair for pair in pairs if _position(pair) >= held_out_share]
+    held_out = [pair for pair in pairs if _position(pair) < held_out_share]
+    return train, held_out
+
+
+def choose_varied(pairs: list[Pair], count: int) -> list[Pair]:
+    """``count`` of the pairs (all, if there are fewer): one of each top-level module, then a second one of each, ..."""
+    by_module: defaultdict[str, list[Pair]] = defaultdict(list)
+    for pair in sorted(pairs, key=lambda pair: _digest(pair.source)):
+        by_module[_top_level(pair)].append(pair)
+    rounds = itertools.zip_longest(*(by_module[module] for module in sorted(by_module)))
+    return [pair for one_round in rounds for pair in one_round if pair is not None][:count]
+
+
+def _top_level(pair: Pair) -> str:
+    return pair.module.split(".")[0]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _position(pair: Pair) -> float:
+    """A number in [0, 1) that depends on the top-level module alone."""
+    return int.from_bytes(_digest(_top_level(pair))[:6], "big") / 2**48
+
+
+def _pairs_of_file(path: Path, module: str) -> Iterator[Pair]:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return  # the standard library holds a few files that are no valid UTF-8 or Python, on purpose
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            pair = _pair_of_function(node, module)
+            if pair is not None:
+                yield pair
+
+
+def _pair_of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> Pair | None:
+    docstring = ast.get_docstring(node)
+    if not docstring or len(node.body) < 2:  # with nothing but a docstring there is nothing to describe
+        return None
+    summary, *more = (line.strip() for line in docstring.strip().splitlines())
+    if more and more[0]:
+        return None  # the first line is no sentence of its own
+    if not _SHORTEST_LINE <= len(summary) <= _LONGEST_LINE or not summary[0].isalpha():
+        return None
+    node.body = node.body[1:]
+    source = ast.unparse(node)
+    return Pair(module, source, summary) if len(source) <= _LONGEST_SOURCE else None

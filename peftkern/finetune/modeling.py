@@ -1,0 +1,155 @@
+"""From the name of a model to one that is quantized, carries a LoRA adapter and runs on the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftkern.finetune import gguf
+from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune.errors import InputError
+from peftkern.patch import PatchReport, patch
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What ``from_pretrained`` takes: a folder or a hub id. ``name`` is what the user called it."""
+
+    load_from: str
+    name: str
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A ``peft.PeftModel`` on fused kernels, and what was done to it."""
+
+    model: Any
+    report: PatchReport
+    quantization: str
+
+
+def find_model(name: str, say: Callable[[str], None]) -> ModelSource:
+    """Where to load a model from; a GGUF file is converted, or found in the cache. ``say`` is told what takes long.
+
+    Raises:
+        InputError: the path is no model folder and no GGUF file, or does not exist.
+        RunError: the cache cannot be written.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"MODEL: the folder {name} has no config.json; give a model folder of transformers")
+        return ModelSource(str(path), name)
+    if path.is_file():
+        return ModelSource(str(gguf.model_folder(path, say)), name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise InputError(f"MODEL: there is no file or folder {name}")
+    return ModelSource(name, name)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        InputError: the model, or its tokenizer, cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, source)
+
+
+def padding_token(tokenizer: Any) -> int:
+    """A token to pad with. Any will do, since padding is masked."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
+
+
+def load_adapted_model(config: FinetuneConfig, source: ModelSource) -> AdaptedModel:
+    """Load and quantize the model, attach a new LoRA adapter, and patch it.
+
+    Raises:
+        InputError: the model cannot be loaded, or ``target_modules`` names nothing in it.
+    """
+    import torch
+    from transformers import set_seed
+
+    torch.set_float32_matmul_precision(config.matmul_precision)
+    model, quantization = _load_quantized(config, source)
+    model.config.use_cache = False  # of no use in training, and in the way of gradient checkpointing
+    set_seed(config.seed)  # so that the adapter's initial values do not depend on what loading drew
+    adapted = _attach_adapter(config, model)
+    return AdaptedModel(adapted, patch(adapted), quantization)
+
+
+def _load_quantized(config: FinetuneConfig, source: ModelSource) -> tuple[Any, str]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from peftkern.integrations import QuantConfig, config_from_pretrained
+
+    options: dict[str, Any] = {"dtype": _dtype(config.dtype)}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": torch.cuda.current_device()}
+    model_config = _loading(lambda: config_from_pretrained(source.load_from), source)
+    existing = getattr(model_config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
+        model = _from_pretrained(AutoModelForCausalLM, source, config=model_config, **options)
+        return model, f"as the checkpoint has it ({getattr(method, 'value', method)})"
+    if config.quantization != "none":
+        double_quant = config.double_quant and config.quantization != "int8"
+        options["quantization_config"] = QuantConfig(config.quantization, config.block_size, double_quant)
+    model = _from_pretrained(AutoModelForCausalLM, source, **options)
+    return model, _describe_quantization(config)
+
+
+def _describe_quantization(config: FinetuneConfig) -> str:
+    if config.quantization in ("none", "int8"):
+        return config.quantization
+    scales = ", scales quantized as well" if config.double_quant else ""
+    return f"{config.quantization}, blocks of {config.block_size}{scales}"
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, name)
+
+
+def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
+    return _loading(lambda: auto_class.from_pretrained(source.load_from, **options), source)
+
+
+def _loading(load: Callable[[], Any], source: ModelSource) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        hint = (
+            "" if Path(source.load_from).exists() else "; it is no local file or folder, so it was taken for a hub id"
+        )
+        raise InputError(f"MODEL: cannot load {source.name}{hint}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _attach_adapter(config: FinetuneConfig, model: Any) -> Any:
+    import peft
+
+    adapter = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_module_names,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, adapter)
+    except ValueError as error:
+        raise InputError(f"--target-modules: {_first_line(error)}") from error

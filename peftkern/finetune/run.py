@@ -1,0 +1,212 @@
+"""The flow of a run: check, load, evaluate, train, evaluate, write."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune.encoding import PadRight, Splits, load_splits
+from peftkern.finetune.evaluation import HeldOutLoss, held_out_loss
+from peftkern.finetune.modeling import (
+    AdaptedModel,
+    ModelSource,
+    find_model,
+    load_adapted_model,
+    load_tokenizer,
+    padding_token,
+)
+from peftkern.finetune.output import OutputFolder
+from peftkern.finetune.plot import draw_loss_curve
+from peftkern.finetune.progress import Reporter
+from peftkern.finetune.training import TrainingRecord, train
+
+_BEFORE = "held_out_before"
+_PACKAGES = ("peftkern", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to train."""
+
+    config: FinetuneConfig
+    output: OutputFolder
+    reporter: Reporter
+    source: ModelSource
+    tokenizer: Any
+    splits: Splits
+    adapted: AdaptedModel
+    before: HeldOutLoss | None
+    started: float
+
+    @property
+    def collate(self) -> PadRight:
+        """Makes batches of examples."""
+        return PadRight(padding_token(self.tokenizer))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a run gives: the record of training, and the loss on held-out data, ``None`` without such data."""
+
+    record: TrainingRecord
+    before: HeldOutLoss | None
+    after: HeldOutLoss | None
+    seconds: float
+
+
+def finetune(config: FinetuneConfig, console: Console) -> Results:
+    """Fine-tune a model as the settings say, and write adapter, loss curve and summary to the output folder.
+
+    Raises:
+        InputError: something that was asked for cannot be done; nothing was written.
+        InterruptedRunError: stopped on request, with a checkpoint.
+        RunError: the run failed on its way.
+    """
+    session = start(config, console)
+    return finish(session, train_session(session))
+
+
+def start(config: FinetuneConfig, console: Console) -> Session:
+    """Check the settings against files and data, load the model, and evaluate it on the held-out data."""
+    started = time.perf_counter()
+    output = OutputFolder.prepare(config)
+    with output.discarded_on_failure():
+        return _start(config, output, Reporter(console), started)
+
+
+def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, started: float) -> Session:
+    source = find_model(config.model, reporter.say)
+    tokenizer = load_tokenizer(source)
+    splits = load_splits(config, tokenizer)
+    _describe_data(splits, config, reporter)
+    adapted = load_adapted_model(config, source)
+    reporter.say(f"\n{source.name}: {adapted.quantization}; LoRA rank {config.rank} on {config.target_modules}")
+    reporter.say(f"{adapted.report}\n")
+    session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
+    if config.resume:
+        noted = output.read_facts()[_BEFORE]
+        before = None if noted is None else HeldOutLoss(**noted)
+    else:
+        before = _evaluate(session, "held-out loss before")
+        output.start_checkpoints(config, {_BEFORE: None if before is None else asdict(before)})
+    return replace(session, before=before)
+
+
+def train_session(session: Session) -> TrainingRecord:
+    """Train the adapter."""
+    with session.output.discarded_on_failure():
+        return train(
+            session.config,
+            session.adapted.model,
+            session.splits.train,
+            session.collate,
+            session.output,
+            session.reporter,
+        )
+
+
+def finish(session: Session, record: TrainingRecord) -> Results:
+    """Evaluate again, then write adapter, loss curve and summary; each is whole or as it was before."""
+    after = _evaluate(session, "held-out loss after")
+    results = Results(record, session.before, after, time.perf_counter() - session.started)
+    model, output = session.adapted.model, session.output
+    output.replace("adapter", model.save_pretrained)
+    output.replace("loss.png", lambda path: _draw(path, session, results))
+    text = json.dumps(summarise(session, results), indent=2, allow_nan=False) + "\n"
+    output.replace("summary.json", lambda path: path.write_text(text, encoding="utf-8"))
+    for line in _closing_lines(session, results):
+        session.reporter.say(line)
+    return results
+
+
+def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
+    examples = session.splits.held_out
+    if not examples:
+        return None
+    batch_size = session.config.batch_size
+    with session.reporter.activity(what, total=len(examples)) as reporter:
+        loss = held_out_loss(session.adapted.model, examples, session.collate, batch_size, reporter.advance)
+    session.reporter.say(f"{what}: {loss.loss:.4f} (perplexity {loss.perplexity:.2f}, {loss.tokens} tokens)")
+    return loss
+
+
+def _describe_data(splits: Splits, config: FinetuneConfig, reporter: Reporter) -> None:
+    lengths = [len(example["input_ids"]) for example in splits.train]
+    mean = sum(lengths) / len(lengths)
+    reporter.say(
+        f"data: {len(lengths)} examples to learn from ({mean:.0f} tokens on average, {max(lengths)} at most), "
+        f"{len(splits.held_out)} held out"
+    )
+    if splits.cut:
+        reporter.say(f"data: {splits.cut} examples are longer than --max-length {config.max_length} and were cut")
+    if splits.dropped:
+        reporter.say(f"data: {splits.dropped} examples have nothing to learn within that length and were left out")
+
+
+def _draw(path: Path, session: Session, results: Results) -> None:
+    before = None if results.before is None else results.before.loss
+    after = None if results.after is None else results.after.loss
+    draw_loss_curve(path, results.record.losses, before, after, Path(session.source.name).name)
+
+
+def summarise(session: Session, results: Results) -> dict[str, Any]:
+    """The run as data for ``summary.json``. Memory in MB of 10^6 bytes, times in seconds, losses in nats per token."""
+    record, splits = results.record, session.splits
+    return {
+        "model": session.source.name,
+        "quantization": session.adapted.quantization,
+        "held_out_loss": {"before": _as_data(results.before), "after": _as_data(results.after)},
+        "training_loss": [{"step": step, "loss": loss} for step, loss in record.losses],
+        "steps": record.steps,
+        "tokens": record.tokens,
+        "tokens_per_second": record.tokens_per_second,
+        "seconds": {"training": record.seconds, "total": results.seconds},
+        "peak_memory_mb": {"resident": record.peak_resident_mb, "gpu": record.peak_gpu_mb},
+        "examples": {
+            "train": len(splits.train),
+            "held_out": len(splits.held_out),
+            "cut": splits.cut,
+            "dropped": splits.dropped,
+        },
+        "patch": {"counts": session.adapted.report.counts, "reasons": session.adapted.report.reasons},
+        "settings": asdict(session.config),
+        "versions": {name: metadata_version(name) for name in _PACKAGES},
+    }
+
+
+def metadata_version(package: str) -> str | None:
+    """The version of an installed package, or ``None``."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _as_data(loss: HeldOutLoss | None) -> dict[str, Any] | None:
+    if loss is None:
+        return None
+    perplexity = loss.perplexity if math.isfinite(loss.perplexity) else None
+    return {"loss": loss.loss, "tokens": loss.tokens, "perplexity": perplexity}
+
+
+def _closing_lines(session: Session, results: Results) -> list[str]:
+    record = results.record
+    lines = [""]
+    if results.before is not None and results.after is not None:
+        lines.append(f"held-out loss   {results.before.loss:.4f} before, {results.after.loss:.4f} after")
+    gpu = "" if record.peak_gpu_mb is None else f", {record.peak_gpu_mb:.0f} MB on the GPU"
+    return [
+        *lines,
+        f"training        {record.seconds:.0f} s for {record.steps} steps, {record.tokens_per_second:.0f} tokens/s",
+        f"in all          {results.seconds:.0f} s",
+        f"peak memory     {record.peak_resident_mb:.0f} MB{gpu}",
+        f"written to      {session.output.path}: adapter/, loss.png, summary.json",
+    ]
