@@ -20,9 +20,14 @@ _DEFAULT_OUTPUT = Path("bench-output")
 
 
 def bench(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks; all without one.")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Benchmarks to run, as --list names them. All without a name."),
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the rows as JSON.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for bench.md and bench.png.")] = _DEFAULT_OUTPUT,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder for bench.md and bench.png.")
+    ] = _DEFAULT_OUTPUT,
     list_names: Annotated[bool, typer.Option("--list", help="List the benchmarks and stop.")] = False,
 ) -> None:
     """Time peftkern beside PEFT + bitsandbytes, in the same run on the same data, and report the ratios."""
@@ -98,4 +103,4 @@ def _results_table(results: Sequence[Result]) -> Table:
 
 
 def _print_error(message: str) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
