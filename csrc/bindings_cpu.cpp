@@ -133,7 +133,7 @@ py::list instruction_sets() {
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
     py::dict row;
     row["name"] = set.name;
-    row["supported"] = set.supported();
+    row["supported"] = set.supported;
     row["native_bfloat16"] = set.kernels()->native_bfloat16;  // a read of a constant table: runs on any processor
     row["native_float16"] = set.kernels()->native_float16;
     rows.append(row);

@@ -31,8 +31,6 @@ const Kernels* kernels();
 
 namespace {
 
-bool always() { return true; }
-
 #ifdef PEFTKERN_BUILD_X86
 struct Cpuid {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -76,14 +74,14 @@ bool has_avx512fp16() { return has_avx512bf16() && bit(Cpuid(7, 0).edx, 23); }
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> table = {
 #ifdef PEFTKERN_BUILD_AVX512FP16
-      {"avx512fp16", has_avx512fp16, avx512fp16::kernels},
+      {"avx512fp16", has_avx512fp16(), avx512fp16::kernels},
 #endif
 #ifdef PEFTKERN_BUILD_X86
-      {"avx512bf16", has_avx512bf16, avx512bf16::kernels},
-      {"avx512", has_avx512, avx512::kernels},
-      {"avx2", has_avx2, avx2::kernels},
+      {"avx512bf16", has_avx512bf16(), avx512bf16::kernels},
+      {"avx512", has_avx512(), avx512::kernels},
+      {"avx2", has_avx2(), avx2::kernels},
 #endif
-      {"generic", always, generic::kernels},
+      {"generic", true, generic::kernels},
   };
   return table;
 }
@@ -91,7 +89,7 @@ const std::vector<InstructionSet>& instruction_sets() {
 const InstructionSet& find_instruction_set(const char* name) {
   std::string supported;
   for (const InstructionSet& set : instruction_sets()) {
-    if (!set.supported()) continue;
+    if (!set.supported) continue;
     if (name == nullptr || std::string(name) == set.name) return set;
     supported += supported.empty() ? set.name : std::string(", ") + set.name;
   }

@@ -8,7 +8,7 @@ namespace peftkern::cpu {
 
 struct InstructionSet {
   const char* name;
-  bool (*supported)();
+  bool supported;  // asked once: in a virtual machine CPUID leaves it, which takes tens of microseconds
   const Kernels* (*kernels)();
 };
 

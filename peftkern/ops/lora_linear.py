@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.backends import registry
 from peftkern.formats import DoubleQuantization, QuantizedTensor
@@ -97,18 +98,13 @@ def lora_linear(
     # the meta device has no autocast, and asking for it raises
     if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    y, _ = torch.ops.peftkern.lora_linear(
-        x,
-        *_flatten_weight(weight),
-        adapters.lora_A,
-        adapters.lora_B,
-        adapters.scaling,
-        adapters.dropout_p,
-        dropout.draw_seed(x.device) if any(adapters.dropout_p) else None,
-        bias,
-        backend,
-    )
-    return y  # type: ignore[no-any-return]
+    seed = dropout.draw_seed(x.device) if any(adapters.dropout_p) else None
+    lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
+    if _is_plain_eager(x):
+        y: Tensor = _LoraLinear.apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
+        return y
+    y, _ = torch.ops.peftkern.lora_linear(x, *_flatten_weight(weight), *lists, seed, bias, backend)
+    return y
 
 
 # ---- checks
@@ -154,6 +150,7 @@ def _check_shape(name: str, value: Tensor, expected: tuple[int, ...], rule: str)
 
 def _check_weight(weight: Any, device: torch.device) -> None:
     if isinstance(weight, QuantizedTensor):
+        weight.validate()
         if weight.packed.device != device:
             raise ValueError(f"lora_linear: weight is on {weight.packed.device} and x on {device}; move one of them")
     else:
@@ -289,6 +286,89 @@ def lora_linear_backward_reference(
     return None if grad_x is None else grad_x.to(grad.dtype), grad_A, grad_B
 
 
+# ---- eager calls
+
+
+def _is_plain_eager(x: Tensor) -> bool:
+    """Whether nothing watches operators: no compiler, no tracing mode, no tensor subclass.
+
+    Then the autograd function below replaces the operator, whose passage through torch.library takes 0.5 ms for a
+    forward and backward pass, as long as a small layer itself.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not x.is_meta
+        and _get_current_dispatch_mode() is None
+    )
+
+
+def _run_forward(
+    x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    y, h = registry.run("lora_linear", x.reshape(-1, x.shape[-1]), weight, adapters, bias, backend=backend)
+    # not a view in autograd's eyes: the output of an operator may be modified in place, one of several views may not
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    grad_ = grad.reshape(-1, grad.shape[-1])
+    x_ = None if x is None else x.reshape(-1, x.shape[-1])
+    grad_x, grad_A, grad_B = registry.run(
+        "lora_linear_backward", grad_, x_, weight, adapters, h, need_x, need_lora, backend=backend
+    )
+    if grad_x is not None:
+        grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+    return grad_x, grad_A, grad_B
+
+
+def _bias_gradient(grad: Tensor) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The operator's twin for plain eager calls. ``lora`` is every A, then every B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Weight,
+        bias: Tensor | None,
+        scaling: list[float],
+        dropout_p: list[float],
+        seed: Tensor | None,
+        backend: str | None,
+        *lora: Tensor,
+    ) -> Tensor:
+        count = len(scaling)
+        adapters = Adapters(lora[:count], lora[count:], scaling, dropout_p, seed)
+        y, h = _run_forward(x, weight, adapters, bias, backend)
+        ctx.call = (weight, scaling, dropout_p, backend)
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[7 : 7 + count]) else None, seed, h, *lora)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scaling, dropout_p, backend = ctx.call
+        x, seed, h, *lora = ctx.saved_tensors
+        adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
+        need_x, need_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
+        grad_bias = _bias_gradient(grad) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None, None, None, None, *grad_A, *grad_B
+
+
 # ---- operators
 
 _WEIGHT_ARGUMENTS = 9
@@ -303,10 +383,7 @@ _ADAPTER_ARGUMENTS = 5
 def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     weight = _unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
     *adapters, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
-    x_ = x.reshape(-1, x.shape[-1])
-    y, h = registry.run("lora_linear", x_, weight, Adapters(*adapters), bias, backend=backend)
-    # not a view in autograd's eyes: the output of an operator may be modified in place, one of several views may not
-    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h
+    return _run_forward(x, weight, Adapters(*adapters), bias, backend)
 
 
 @_forward_operator.register_fake
@@ -326,13 +403,7 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     weight = _unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
     *adapters, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
-    grad_ = grad.reshape(-1, grad.shape[-1])
-    x_ = None if x is None else x.reshape(-1, x.shape[-1])
-    grad_x, grad_A, grad_B = registry.run(
-        "lora_linear_backward", grad_, x_, weight, Adapters(*adapters), h, need_x, need_lora, backend=backend
-    )
-    if grad_x is not None:
-        grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+    grad_x, grad_A, grad_B = _run_backward(grad, x, weight, Adapters(*adapters), h, need_x, need_lora, backend)
     return [gradient for gradient in (grad_x, *grad_A, *grad_B) if gradient is not None]
 
 
@@ -374,7 +445,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     remaining = iter(gradients)
     grad_x = next(remaining) if need_x else None
     grad_lora = [next(remaining) if need else None for need in need_lora]
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+    grad_bias = _bias_gradient(grad) if need_bias else None
     grad_A, grad_B = grad_lora[: ctx.count], grad_lora[ctx.count :]
     return grad_x, *no_weight, grad_A, grad_B, numbers, numbers, None, grad_bias, None
 

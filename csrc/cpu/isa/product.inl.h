@@ -28,7 +28,7 @@ struct Schedule {
   int64_t output_tasks;
   int64_t token_tasks;
   int64_t tokens_per_task;
-  bool one_tile;  // every token of a task fits into one tile
+  bool one_tile;  // every token of the product fits into one tile
 };
 
 static Precision available_form(const Product& p) {
@@ -61,7 +61,7 @@ static Schedule make_schedule(const Product& p) {
   s.token_tasks = maximum(1, minimum(wanted, p.tokens / s.tile_rows));
   s.tokens_per_task = divide_up(divide_up(p.tokens, s.token_tasks), s.tile_rows) * s.tile_rows;
   s.token_tasks = divide_up(p.tokens, s.tokens_per_task);
-  s.one_tile = minimum(s.tokens_per_task, p.tokens) <= s.tile_rows;
+  s.one_tile = p.tokens <= s.tile_rows;
   return s;
 }
 

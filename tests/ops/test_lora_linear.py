@@ -1,0 +1,546 @@
+"""lora_linear against float64, on every backend and every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peftkern import ops
+from peftkern.backends import cpu, registry
+from peftkern.formats import FORMATS, QuantizedTensor
+
+TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
+"""Relative error ‖out - ref‖ / ‖ref‖ against float64."""
+DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
+WEIGHTS = ["dense", *sorted(FORMATS)]
+
+BACKENDS = ["reference", *(f"cpu-{isa}" for isa in cpu.isa_names())]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces one backend, and one instruction set of the CPU backend."""
+    name, _, isa = request.param.partition("-")
+    if isa:
+        if isa not in cpu.supported_isas():
+            pytest.skip(f"this processor does not run {isa}")
+        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, isa)
+    return str(name)
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    assert out.shape == reference.shape
+    difference, scale = (out.double() - reference).norm(), reference.norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+@dataclasses.dataclass
+class Problem:
+    """Inputs of one call, and the gradient that comes back."""
+
+    x: Tensor
+    weight: Tensor | QuantizedTensor
+    lora_A: list[Tensor]
+    lora_B: list[Tensor]
+    scaling: list[float]
+    bias: Tensor | None
+    dropout_p: list[float]
+    grad: Tensor
+
+    def double(self) -> Problem:
+        weight = self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.double()
+        bias = None if self.bias is None else self.bias.double()
+        lora_A, lora_B = [a.double() for a in self.lora_A], [b.double() for b in self.lora_B]
+        return dataclasses.replace(
+            self, x=self.x.double(), weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, grad=self.grad.double()
+        )
+
+    def run(self, backend: str, seed: int = 11) -> dict[str, Tensor]:
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+        x, lora_A, lora_B = leaf(self.x), [leaf(a) for a in self.lora_A], [leaf(b) for b in self.lora_B]
+        bias = None if self.bias is None else leaf(self.bias)
+        torch.manual_seed(seed)
+        adapters: tuple[Any, ...] = (lora_A, lora_B) if lora_A else (None, None)
+        y = ops.lora_linear(x, self.weight, *adapters, self.scaling, bias, self.dropout_p, backend=backend)
+        y.backward(self.grad)
+        assert y.dtype == x.dtype
+        results = {"y": y.detach(), "x": x.grad}
+        results |= {f"A{i}": a.grad for i, a in enumerate(lora_A)} | {f"B{i}": b.grad for i, b in enumerate(lora_B)}
+        if bias is not None:
+            results["bias"] = bias.grad
+        return results
+
+
+def make_problem(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    ranks: list[int],
+    weight: str = "nf4",
+    dtype: torch.dtype = torch.float32,
+    dropout_p: float = 0.0,
+    bias: bool = True,
+    block_size: int = 64,
+    double_quant: bool = False,
+) -> Problem:
+    torch.manual_seed(3)
+    dense = torch.randn(out_features, in_features) * 0.05
+    return Problem(
+        x=torch.randn(tokens, in_features, dtype=dtype),
+        weight=dense.to(dtype) if weight == "dense" else ops.quantize(dense, weight, block_size, double_quant),
+        lora_A=[torch.randn(r, in_features) for r in ranks],
+        lora_B=[torch.randn(out_features, r) * 0.1 for r in ranks],
+        scaling=[0.5 + i for i in range(len(ranks))],
+        bias=torch.randn(out_features) if bias else None,
+        dropout_p=[dropout_p] * len(ranks),
+        grad=torch.randn(tokens, out_features, dtype=dtype),
+    )
+
+
+def assert_agrees(problem: Problem, backend: str) -> None:
+    truth = problem.double().run("reference")
+    results = problem.run(backend)
+    assert results.keys() == truth.keys()
+    errors = {name: relative_error(results[name], truth[name]) for name in truth}
+    tolerance = TOLERANCE[problem.x.dtype]
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+SHAPES = [  # tokens, in, out, rank
+    (1, 64, 64, 1),
+    (2, 128, 192, 4),
+    (5, 63, 17, 3),
+    (14, 320, 96, 8),
+    (15, 192, 130, 16),
+    (37, 576, 192, 16),
+    (70, 144, 257, 33),
+    (33, 100, 7, 2),
+    (3, 1, 1, 1),
+    (130, 80, 48, 256),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_agrees_with_float64(backend: str, weight: str, dtype: torch.dtype) -> None:
+    for tokens, in_features, out_features, rank in SHAPES:
+        problem = make_problem(tokens, in_features, out_features, [rank], weight, dtype)
+        assert_agrees(problem, backend)
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 4096])
+@pytest.mark.parametrize("weight", ["nf4", "fp4", "int8_blockwise"])
+def test_every_block_size_and_double_quantization(backend: str, weight: str, block_size: int) -> None:
+    for in_features in (256, 576, 90):  # whole blocks a row, blocks across rows, odd nibbles
+        problem = make_problem(9, in_features, 70, [4], weight, block_size=block_size, double_quant=True)
+        assert_agrees(problem, backend)
+
+
+@pytest.mark.parametrize("weight", ["nf4", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_adapters_with_dropout(backend: str, weight: str, dtype: torch.dtype) -> None:
+    assert_agrees(make_problem(37, 192, 130, [16, 3, 8], weight, dtype, dropout_p=0.3), backend)
+    assert_agrees(make_problem(3, 192, 130, [1, 5], weight, dtype, dropout_p=0.1, bias=False), backend)
+
+
+def test_no_adapter(backend: str) -> None:
+    assert_agrees(make_problem(37, 192, 130, [], "nf4"), backend)
+
+
+def test_many_tokens_need_several_token_blocks(backend: str) -> None:
+    assert_agrees(make_problem(2100, 64, 40, [2], "nf4", torch.bfloat16), backend)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    tokens=st.integers(1, 40),
+    in_features=st.integers(1, 150),
+    out_features=st.integers(1, 150),
+    rank=st.integers(1, 20),
+    weight=st.sampled_from(WEIGHTS),
+    dropout_p=st.sampled_from([0.0, 0.5]),
+)
+def test_any_size(
+    tokens: int, in_features: int, out_features: int, rank: int, weight: str, dropout_p: float
+) -> None:
+    problem = make_problem(tokens, in_features, out_features, [rank], weight, dropout_p=dropout_p)
+    assert_agrees(problem, "cpu" if cpu.available() else "reference")
+
+
+# ---- layouts
+
+
+def _not_contiguous(tensor: Tensor) -> list[Tensor]:
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] * 2, dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    rows = torch.zeros(tensor.shape[0], tensor.shape[1] + 3, dtype=tensor.dtype)
+    rows[:, : tensor.shape[1]] = tensor
+    return [wide[..., ::2], rows[:, : tensor.shape[1]], tensor.t().contiguous().t()]
+
+
+LAYOUT_TOLERANCE = {"cpu": 0.0, "reference": 5e-6}
+"""PyTorch's product may sum in another order for another layout; ours does not."""
+
+
+def test_inputs_that_are_not_contiguous(backend: str) -> None:
+    problem = make_problem(21, 128, 96, [8], "nf4")
+    expected = problem.run(backend)
+    for x in _not_contiguous(problem.x):
+        y = ops.lora_linear(x, problem.weight, problem.lora_A, problem.lora_B, 0.5, problem.bias, backend=backend)
+        assert relative_error(y, expected["y"].double()) <= LAYOUT_TOLERANCE[backend]
+    for grad in _not_contiguous(problem.grad):
+        results = dataclasses.replace(problem, grad=grad).run(backend)
+        for name in ("x", "A0", "B0"):
+            assert relative_error(results[name], expected[name].double()) <= LAYOUT_TOLERANCE[backend]
+
+
+def test_gradient_that_is_broadcast(backend: str) -> None:
+    problem = make_problem(21, 128, 96, [8], "nf4")
+    problem.grad = torch.ones(1, 1).expand(21, 96)
+    assert_agrees(problem, backend)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 5), (0,), (3, 0, 2)], ids=str)
+def test_any_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
+    problem = make_problem(1, 128, 96, [8], "nf4")
+    x = torch.randn(*leading, 128, requires_grad=True)
+    lora_A = problem.lora_A[0].requires_grad_()
+    y = ops.lora_linear(x, problem.weight, lora_A, problem.lora_B[0], backend=backend)
+    assert y.shape == (*leading, 96)
+    y.sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    flat = ops.lora_linear(x.detach().reshape(-1, 128), problem.weight, lora_A, problem.lora_B[0], backend="reference")
+    assert lora_A.grad is not None and relative_error(y.detach().reshape(-1, 96), flat.detach().double()) < 5e-6
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "bias", "none"])
+def test_only_what_asks_gets_a_gradient(backend: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    leaves = {"x": problem.x, "A": problem.lora_A[0], "B": problem.lora_B[0], "bias": problem.bias}
+    expected = problem.run(backend)
+    if wanted != "none":
+        leaves[wanted].requires_grad_()
+    torch.manual_seed(11)
+    y = ops.lora_linear(leaves["x"], problem.weight, leaves["A"], leaves["B"], 0.5, leaves["bias"], backend=backend)
+    assert y.requires_grad == (wanted != "none")
+    if wanted == "none":
+        return
+    y.backward(problem.grad)
+    key = {"A": "A0", "B": "B0"}.get(wanted, wanted)
+    assert torch.equal(leaves[wanted].grad, expected[key])
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+
+
+def test_backward_keeps_no_copy_of_the_weight_nor_of_x() -> None:
+    problem = make_problem(64, 256, 512, [4], "nf4")
+    x = problem.x.requires_grad_()
+    lora_A, lora_B = problem.lora_A[0].requires_grad_(), problem.lora_B[0].requires_grad_()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ops.lora_linear(x, problem.weight, lora_A, lora_B, dropout_p=0.5)
+    assert isinstance(problem.weight, QuantizedTensor)
+    known = {t.data_ptr() for t in (x, lora_A, lora_B, problem.weight.packed, problem.weight.scales)}
+    extra = sum(t.nbytes for t in saved if t.data_ptr() not in known)
+    assert extra == 64 * 4 * 4 + 8  # h in float32 and the seed
+
+
+def test_backward_twice_over_the_same_graph(backend: str) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4", dropout_p=0.5)
+    x = problem.x.requires_grad_()
+    y = ops.lora_linear(x, problem.weight, problem.lora_A, problem.lora_B, 0.5, dropout_p=0.5, backend=backend)
+    first = torch.autograd.grad(y, x, problem.grad, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x, problem.grad)[0])
+
+
+@pytest.mark.parametrize("weight", ["nf4", "dense"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(weight: str, dropout_p: float) -> None:
+    problem = make_problem(4, 6, 5, [2, 3], weight).double()
+    leaves = [t.requires_grad_() for t in (problem.x, *problem.lora_A, *problem.lora_B, problem.bias)]
+
+    def call(x: Tensor, a0: Tensor, a1: Tensor, b0: Tensor, b1: Tensor, bias: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return ops.lora_linear(x, problem.weight, [a0, a1], [b0, b1], [0.5, 2.0], bias, dropout_p)
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
+# ---- dropout
+
+
+def test_dropout_has_the_right_rate_and_scale(backend: str) -> None:
+    tokens, features, p = 400, 256, 0.25
+    eye = torch.eye(features)
+    torch.manual_seed(1)
+    y = ops.lora_linear(
+        torch.ones(tokens, features), torch.zeros(features, features), eye, eye, dropout_p=p, backend=backend
+    )
+    kept = y != 0
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
+    deviation = (p * (1 - p) / kept.numel()) ** 0.5
+    assert abs(kept.double().mean() - (1 - p)) < 5 * deviation
+    for rate in (kept.double().mean(0), kept.double().mean(1)):
+        assert (rate - (1 - p)).abs().max() < 0.15
+
+
+def test_dropout_masks_are_independent_and_follow_the_seed(backend: str) -> None:
+    eye, zero = torch.eye(64), torch.zeros(64, 64)
+
+    def masks(seed: int) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(seed)
+        x = torch.ones(50, 64)
+        return tuple(
+            ops.lora_linear(x, zero, [eye, eye], [b, a], dropout_p=0.5, backend=backend) != 0
+            for a, b in ((zero, eye), (eye, zero))
+        )
+
+    first, second = masks(0), masks(0)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert 0.3 < (first[0] == first[1]).double().mean() < 0.7
+    assert not torch.equal(first[0], masks(1)[0])
+
+
+def test_dropout_of_everything(backend: str) -> None:
+    problem = make_problem(5, 64, 32, [4], "nf4")
+    y = ops.lora_linear(problem.x, problem.weight, problem.lora_A, problem.lora_B, dropout_p=1.0, backend=backend)
+    assert torch.equal(y, ops.lora_linear(problem.x, problem.weight, backend=backend))
+
+
+# ---- autocast, checkpointing, compile, operators
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(backend: str, dtype: torch.dtype) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    x = problem.x.requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y = ops.lora_linear(x, problem.weight, problem.lora_A, problem.lora_B, 0.5, problem.bias, backend=backend)
+    assert y.dtype == dtype
+    y.backward(problem.grad.to(dtype))
+    truth = problem.double().run("reference")
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert relative_error(y.detach(), truth["y"]) < TOLERANCE[dtype]
+    assert relative_error(x.grad, truth["x"]) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_sees_the_same_dropout(backend: str, use_reentrant: bool) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4", dropout_p=0.5)
+
+    def layer(x: Tensor) -> Tensor:
+        return ops.lora_linear(x, problem.weight, problem.lora_A, problem.lora_B, 0.5, None, 0.5, backend=backend)
+
+    gradients = []
+    for checkpointed in (False, True):
+        x = problem.x.detach().clone().requires_grad_()
+        torch.manual_seed(2)
+        if checkpointed:
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+        else:
+            y = layer(x)
+        y.backward(problem.grad)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_compiles_as_one_graph(backend: str, dropout_p: float) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4", dropout_p=dropout_p)
+
+    def layer(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return ops.lora_linear(x * 1.0, problem.weight, lora_A, lora_B, 0.5, problem.bias, dropout_p, backend=backend).relu()
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (layer, compiled):
+        leaves = [t.detach().clone().requires_grad_() for t in (problem.x, problem.lora_A[0], problem.lora_B[0])]
+        torch.manual_seed(4)
+        call(*leaves).sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(eager, other) for eager, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("weight", ["nf4", "int8", "dense"])
+def test_operator_contract(backend: str, weight: str) -> None:
+    problem = make_problem(9, 128, 96, [8, 4], weight, dropout_p=0.5)
+    from peftkern.ops.lora_linear import _flatten_weight
+
+    leaves = [t.requires_grad_() for t in (*problem.lora_A, *problem.lora_B)]
+    arguments = (
+        problem.x.requires_grad_(),
+        *_flatten_weight(problem.weight),
+        leaves[:2],
+        leaves[2:],
+        problem.scaling,
+        problem.dropout_p,
+        torch.tensor(1234),
+        problem.bias,
+        backend,
+    )
+    torch.library.opcheck(torch.ops.peftkern.lora_linear.default, arguments)
+
+
+# ---- determinism, precision
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bit_equal_from_run_to_run_and_for_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
+    for tokens in (5, 70):
+        problem = make_problem(tokens, 192, 130, [16], "nf4", dtype, dropout_p=0.2)
+        expected = problem.run(backend)
+        threads = torch.get_num_threads()
+        try:
+            for count in (threads, 1, 3):
+                torch.set_num_threads(count)
+                results = problem.run(backend)
+                if backend == "reference" and count != threads:
+                    continue  # PyTorch's own sums may depend on the number of threads
+                assert all(torch.equal(results[name], expected[name]) for name in expected)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def restore_matmul_precision() -> Iterator[None]:
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+FORM_TOLERANCE = {cpu.FLOAT32: 5e-6, cpu.BFLOAT16: 8e-3, cpu.FLOAT16: 2e-3}
+
+
+@pytest.mark.parametrize("form", FORM_TOLERANCE, ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_every_form_of_arithmetic(backend: str, weight: str, form: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three forms on every instruction set: where the processor lacks the instruction, they are emulated."""
+    if backend == "reference":
+        pytest.skip("the reference has one form")
+    monkeypatch.setattr(cpu, "product_precision", lambda dtype, isa: form)
+    for tokens, in_features, out_features in ((1, 128, 96), (11, 576, 192), (40, 320, 200)):
+        problem = make_problem(tokens, in_features, out_features, [8], weight, dropout_p=0.2)
+        truth, results = problem.double().run("reference"), problem.run(backend)
+        errors = {name: relative_error(results[name], truth[name]) for name in truth}
+        assert all(error <= FORM_TOLERANCE[form] for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4, 1e20])
+def test_float16_form_survives_any_magnitude(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not any(isa.startswith("avx512") for isa in cpu.supported_isas()):
+        pytest.skip("the float16 form needs AVX-512")
+    monkeypatch.setattr(cpu, "product_precision", lambda dtype, isa: cpu.FLOAT16)
+    problem = make_problem(20, 256, 128, [4], "nf4")
+    problem.x, problem.grad = problem.x * scale, problem.grad * scale
+    truth, results = problem.double().run("reference"), problem.run("cpu")
+    assert all(relative_error(results[name], truth[name]) <= 2e-3 for name in ("y", "x"))
+
+
+def test_precision_follows_pytorchs_setting(restore_matmul_precision: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "half": {"native_bfloat16": True, "native_float16": True},
+        "brain": {"native_bfloat16": True, "native_float16": False},
+        "plain": {"native_bfloat16": False, "native_float16": False},
+    }
+    monkeypatch.setattr(cpu, "instruction_sets", lambda: table)
+    expected = {
+        "highest": {"half": cpu.FLOAT32, "brain": cpu.FLOAT32, "plain": cpu.FLOAT32},
+        "high": {"half": cpu.FLOAT16, "brain": cpu.FLOAT32, "plain": cpu.FLOAT32},
+        "medium": {"half": cpu.FLOAT16, "brain": cpu.BFLOAT16, "plain": cpu.FLOAT32},
+    }
+    for setting, by_isa in expected.items():
+        torch.set_float32_matmul_precision(setting)
+        assert {isa: cpu.product_precision(torch.float32, isa) for isa in table} == by_isa
+    assert cpu.product_precision(torch.bfloat16, "brain") == cpu.BFLOAT16
+    assert cpu.product_precision(torch.float16, "brain") == cpu.FLOAT32
+    assert cpu.product_precision(torch.float16, "half") == cpu.FLOAT16
+
+
+# ---- bad input, choice of backend
+
+
+def _call(**changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "x": torch.zeros(2, 64),
+        "weight": ops.quantize(torch.ones(32, 64)),
+        "lora_A": torch.zeros(4, 64),
+        "lora_B": torch.zeros(32, 4),
+    }
+    return ops.lora_linear(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": torch.zeros(2, 63)}, ValueError, r"x must be .* in = 64 .* got \[2, 63\]"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must be"),
+        ({"x": torch.zeros(2, 64, dtype=torch.int64)}, TypeError, "x must be float64, .* got torch.int64"),
+        ({"x": [[0.0] * 64]}, TypeError, "x must be a tensor, got list"),
+        ({"weight": torch.zeros(32)}, ValueError, r"weight must be \[out, in\], got \[32\]"),
+        ({"weight": torch.zeros(32, 64, dtype=torch.uint8)}, TypeError, "weight must be float64"),
+        ({"weight": torch.zeros(32, 64, requires_grad=True)}, ValueError, "weight is frozen"),
+        ({"lora_A": None}, ValueError, "go together, but lora_A is None"),
+        ({"lora_A": torch.zeros(4, 60)}, ValueError, r"lora_A must be \[r, in\] with in = 64, got \[4, 60\]"),
+        ({"lora_B": torch.zeros(31, 4)}, ValueError, r"lora_B must be \[out, r\] = \[32, 4\], got \[31, 4\]"),
+        ({"lora_B": [torch.zeros(32, 4)] * 2}, ValueError, "lora_B must have one entry per adapter, 1; got 2"),
+        ({"scaling": [1.0, 2.0]}, ValueError, "scaling must have one entry per adapter, 1; got 2"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1, got 1.5"),
+        ({"dropout_p": float("nan")}, ValueError, "dropout_p must be between 0 and 1"),
+        ({"bias": torch.zeros(31)}, ValueError, r"bias must be \[out\] = \[32\], got \[31\]"),
+        ({"x": torch.zeros(2, 64, device="meta")}, ValueError, "weight is on cpu and x on meta"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        _call(**changes)
+
+
+def test_a_quantized_weight_that_does_not_fit_its_shape() -> None:
+    weight = ops.quantize(torch.ones(32, 64))
+    broken = dataclasses.replace(weight, packed=weight.packed[:-1])
+    with pytest.raises(ValueError, match="packed"):
+        _call(weight=broken)
+
+
+def test_forced_backend_that_cannot_run_raises() -> None:
+    with pytest.raises(registry.BackendError, match=r"'cpu' was forced and cannot run this call: torch.float64"):
+        _call(x=torch.zeros(2, 64, dtype=torch.float64), backend="cpu")
+    with pytest.raises(registry.BackendError, match="'nonsense'"):
+        _call(backend="nonsense")
+
+
+def test_forced_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.zeros(2, 64), ops.quantize(torch.ones(32, 64))
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
+    assert registry.choose("lora_linear", x, weight).backend == "reference"
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "gpu")
+    with pytest.raises(registry.BackendError, match="PEFTKERN_BACKEND must be one of cpu, reference; got 'gpu'"):
+        registry.choose("lora_linear", x, weight)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "cpu")
+    monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "mmx")
+    with pytest.raises(registry.BackendError, match="PEFTKERN_CPU_ISA is 'mmx'"):
+        _call()
+
+
+def test_a_fallback_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_reported", set())
+    for _ in range(2):
+        _call(x=torch.zeros(2, 64, dtype=torch.float64))
+    messages = [record.message for record in caplog.records]
+    assert messages == ["lora_linear runs on the reference backend (cpu: torch.float64 activations)"]
