@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from peftkern.formats.bitsandbytes import COMPANION_KEYS
 from peftkern.integrations.report import QuantizeReport
 from peftkern.nn import QuantizedLinear
+from peftkern.nn.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from peftkern.integrations.quant_config import QuantConfig
@@ -86,6 +87,8 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
         if self.errors:
             raise ValueError("the weights could not be loaded:\n  " + "\n  ".join(self.errors))
         self._forget_load_operations(model)
+        if not self.pre_quantized:
+            _release_checkpoint_file(model)
         modules = dict(model.named_modules())
         self.report.quantized = [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]
         for name in self.report.quantized:
@@ -125,6 +128,17 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+
+def _release_checkpoint_file(model: nn.Module) -> None:
+    """Copy the tensors that stayed dense out of the checkpoint's mapped file.
+
+    One tensor that points into it keeps all of it mapped, and resident is then every weight that was read to be
+    quantized: 0.5 GB for SmolLM2-135M, beside 0.16 GB of model.
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu" and not isinstance(tensor, PackedWeight):
+            tensor.data = tensor.data.clone()
 
 
 def model_bytes(model: nn.Module) -> int:

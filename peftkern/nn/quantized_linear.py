@@ -127,8 +127,7 @@ class QuantizedLinear(nn.Linear):
         """The weight. It shares the module's memory and is made anew when that was replaced or moved."""
         if torch.compiler.is_compiling():  # addresses mean nothing to a tracer, and views must not outlive the trace
             return self._make_view()
-        weight, scales = self._parameters["weight"], self._buffers["scales"]
-        assert weight is not None and scales is not None
+        weight, scales = self.weight, self.scales
         # A sharded weight has no single address; FSDP puts a plain parameter in its place before the layer runs.
         address = weight.data_ptr() if type(weight) in (PackedWeight, nn.Parameter) else 0
         view = self._view

@@ -100,6 +100,13 @@ def test_never_holds_the_dense_model(dense_folder: Path, monkeypatch: pytest.Mon
     assert held == [0] * LINEAR_LAYERS
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mapped files")
+def test_the_dense_checkpoint_is_not_mapped_afterwards(dense_folder: Path) -> None:
+    model = load(dense_folder, quantization_config=peftkern.QuantConfig("nf4"))
+    assert str(dense_folder) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(model.lm_head.weight, make_llama().lm_head.weight)
+
+
 def test_tied_head_biases_and_shards(tmp_path: Path) -> None:
     make_llama(tie_word_embeddings=True, attention_bias=True).save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 2

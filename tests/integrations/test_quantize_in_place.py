@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def test_quantizes_in_place_and_reports() -> None:
     assert report.skipped == {"lm_head": "output embeddings or another head"}
     assert report.bytes_before - report.bytes_after > dense_bytes / 2
     assert report.format == "nf4" and report is model.hf_quantizer.report
+
+
+def test_dense_weights_are_freed() -> None:
+    model = make_llama()
+    weights = [weakref.ref(layer.weight) for layer in model.model.layers.modules() if type(layer) is nn.Linear]
+    peftkern.quantize_(model, NF4)
+    assert len(weights) == LINEAR_LAYERS and all(weight() is None for weight in weights)
 
 
 def test_numbers_are_those_of_the_dequantized_weights() -> None:
@@ -261,3 +269,14 @@ def test_layers_that_accelerate_moves_are_refused() -> None:
     model = cpu_offload(make_llama(), execution_device="cpu")
     with pytest.raises(ValueError, match=r"device_map|meta"):
         peftkern.quantize_(model, NF4)
+
+
+def test_accelerate_can_offload_quantized_layers() -> None:
+    from accelerate import cpu_offload
+
+    model = make_llama()
+    peftkern.quantize_(model, NF4)
+    expected = logits(model)
+    model = cpu_offload(model, execution_device="cpu")
+    assert model.get_submodule(LAYER).weight.is_meta
+    assert torch.equal(logits(model), expected) and torch.equal(logits(model), expected)
