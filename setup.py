@@ -1,4 +1,7 @@
-"""Builds the native module with CMake. Where that is impossible the package still installs, with the reference backend."""
+"""Builds the native module with CMake.
+
+Where that is impossible the package still installs, with the reference backend, and says so.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from peftkern.backends.registry import choose as which
 from peftkern.formats import QuantizedTensor
 from peftkern.integrations.registration import register_on_import
 
+# This name is both a package and a function. Importing the package binds it first, then the function takes its place.
+from peftkern.patch import PatchReport, VerifyReport, patch, unpatch, verify
+
 if TYPE_CHECKING:
     from peftkern.integrations import QuantConfig as QuantConfig
     from peftkern.integrations import quantize_ as quantize_
@@ -35,4 +38,17 @@ def __getattr__(name: str) -> Any:
 
 register_on_import()
 
-__all__ = ["QuantConfig", "QuantizedLinear", "QuantizedTensor", "__version__", "ops", "quantize_", "which"]
+__all__ = [
+    "PatchReport",
+    "QuantConfig",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "VerifyReport",
+    "__version__",
+    "ops",
+    "patch",
+    "quantize_",
+    "unpatch",
+    "verify",
+    "which",
+]

@@ -32,7 +32,7 @@ except ImportError as error:
 ENVIRONMENT_VARIABLE = "PEFTKERN_CPU_ISA"
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""Codes of the activations' dtypes and of the precisions of a product (csrc/include/peftkern/number.h, cpu/kernels.h)."""
+"""Codes of dtypes and of precisions, as in csrc/include/peftkern/number.h and csrc/cpu/kernels.h."""
 _DTYPE_CODE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ENCODING_CODE = {"nf4": 3, "fp4": 3, "int8_blockwise": 4, "int8": 5}
 _NO_DROPOUT = (0, 0, 0.0)
@@ -53,7 +53,7 @@ def unavailable_reason() -> str | None:
 
 @lru_cache(maxsize=1)
 def instruction_sets() -> dict[str, dict[str, Any]]:
-    """Built instruction sets, the most capable first: ``supported``, ``native_bfloat16`` and ``native_float16`` of each."""
+    """``supported``, ``native_bfloat16`` and ``native_float16`` of each built set, the most capable first."""
     return {} if native is None else {row["name"]: row for row in native.instruction_sets()}
 
 
@@ -374,7 +374,9 @@ def lora_linear_backward(
     count = len(adapters)
     need_A, need_B = need_lora[:count], need_lora[count:]
     if grad.shape[0] == 0:
-        zeros = [[p.new_zeros(p.shape) if need else None for p, need in pairs] for pairs in _wanted(adapters, need_lora)]
+        zeros = [
+            [p.new_zeros(p.shape) if need else None for p, need in pairs] for pairs in _wanted(adapters, need_lora)
+        ]
         return grad.new_empty(0, weight.shape[1]) if need_x else None, zeros[0], zeros[1]
     grad = _rows(grad)
     g = _inner_gradients(grad, adapters) if need_x or any(need_A) else None

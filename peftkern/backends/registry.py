@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger("peftkern")
 
@@ -21,6 +21,7 @@ PREFERENCE = ("cpu", "reference")
 ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 
 Supports = Callable[..., "str | None"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class BackendError(RuntimeError):
@@ -59,7 +60,7 @@ def _supports_everything(*_args: Any, **_kwargs: Any) -> str | None:
 
 def register(
     operation: str, backend: str, *, supports: Supports = _supports_everything
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+) -> Callable[[Function], Function]:
     """Decorator that enters a function in the table as ``backend``'s way to run ``operation``.
 
     Raises:
@@ -68,7 +69,7 @@ def register(
     if backend not in PREFERENCE:
         raise ValueError(f"register: backend must be one of {PREFERENCE}, got {backend!r}")
 
-    def enter(function: Callable[..., Any]) -> Callable[..., Any]:
+    def enter(function: Function) -> Function:
         entries = _TABLE.setdefault(operation, {})
         if backend in entries:
             raise ValueError(f"register: {operation!r} already has an implementation for backend {backend!r}")

@@ -13,9 +13,10 @@ Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; QLoRA, Dettmers et
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -52,10 +53,8 @@ class Adapters:
 
     def splits(self) -> list[slice]:
         """Which columns of h and g belong to each adapter."""
-        ends = [0]
-        for lora_A in self.lora_A:
-            ends.append(ends[-1] + lora_A.shape[0])
-        return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+        ends = [0, *accumulate(lora_A.shape[0] for lora_A in self.lora_A)]
+        return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def lora_linear(
@@ -88,7 +87,8 @@ def lora_linear(
         [..., out] in the dtype of x, or in autocast's dtype under autocast.
 
     Raises:
-        ValueError: shapes, devices or lengths do not fit, ``dropout_p`` is outside [0, 1], the weight asks for a gradient.
+        ValueError: shapes, devices or lengths do not fit, ``dropout_p`` is outside [0, 1], the weight asks for a
+            gradient, or a field of a quantized weight does not fit the others.
         TypeError: an argument has the wrong type or dtype.
         BackendError: a forced backend cannot run the call.
     """
@@ -101,8 +101,8 @@ def lora_linear(
     seed = dropout.draw_seed(x.device) if any(adapters.dropout_p) else None
     lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
     if _is_plain_eager(x):
-        y: Tensor = _LoraLinear.apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
-        return y
+        return _apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
+    y: Tensor
     y, _ = torch.ops.peftkern.lora_linear(x, *_flatten_weight(weight), *lists, seed, bias, backend)
     return y
 
@@ -205,7 +205,7 @@ def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
 def _unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
     packed, scales, scales_absmax, scales_offset, format, block_size, scales_block_size, *shape = arguments
     if format == _DENSE:
-        return packed  # type: ignore[no-any-return]
+        return cast(Tensor, packed)
     nested = None
     if scales_absmax is not None:
         nested = DoubleQuantization(scales_absmax, scales_offset, scales_block_size)
@@ -263,7 +263,8 @@ def lora_linear_backward_reference(
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Backward in plain PyTorch.
 
-    grad is [tokens, out]; x may be ``None`` where no A needs a gradient; ``need_lora`` holds the A flags, then the B flags.
+    grad is [tokens, out]; x may be ``None`` where no A needs a gradient; ``need_lora`` holds the flags of every A, then
+    those of every B.
     """
     dtype = _compute_dtype(grad)
     count = len(adapters)
@@ -367,6 +368,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
         grad_bias = _bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None, None, None, None, *grad_A, *grad_B
+
+
+_apply = cast(Callable[..., Tensor], _LoraLinear.apply)
 
 
 # ---- operators

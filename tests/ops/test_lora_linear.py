@@ -169,9 +169,7 @@ def test_many_tokens_need_several_token_blocks(backend: str) -> None:
     weight=st.sampled_from(WEIGHTS),
     dropout_p=st.sampled_from([0.0, 0.5]),
 )
-def test_any_size(
-    tokens: int, in_features: int, out_features: int, rank: int, weight: str, dropout_p: float
-) -> None:
+def test_any_size(tokens: int, in_features: int, out_features: int, rank: int, weight: str, dropout_p: float) -> None:
     problem = make_problem(tokens, in_features, out_features, [rank], weight, dropout_p=dropout_p)
     assert_agrees(problem, "cpu" if cpu.available() else "reference")
 
@@ -351,10 +349,7 @@ def test_gradient_checkpointing_sees_the_same_dropout(backend: str, use_reentran
     for checkpointed in (False, True):
         x = problem.x.detach().clone().requires_grad_()
         torch.manual_seed(2)
-        if checkpointed:
-            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
-        else:
-            y = layer(x)
+        y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant) if checkpointed else layer(x)
         y.backward(problem.grad)
         gradients.append(x.grad)
     assert torch.equal(*gradients)
@@ -365,7 +360,8 @@ def test_compiles_as_one_graph(backend: str, dropout_p: float) -> None:
     problem = make_problem(9, 128, 96, [8], "nf4", dropout_p=dropout_p)
 
     def layer(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return ops.lora_linear(x * 1.0, problem.weight, lora_A, lora_B, 0.5, problem.bias, dropout_p, backend=backend).relu()
+        y = ops.lora_linear(x * 1.0, problem.weight, lora_A, lora_B, 0.5, problem.bias, dropout_p, backend=backend)
+        return y.relu()
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     results = []
