@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftkern.formats import QuantizedTensor
 from peftkern.patch import fused
 from peftkern.patch.table import format_table, pattern_of
 from peftkern.patch.walk import originals, patched_modules
-from peftkern.patch.weights import NotFused, original_class, read_weight
+from peftkern.patch.weights import original_class
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Largest ‖patched - unpatched‖ / ‖unpatched‖ of one module's output, by the narrowest dtype it computes in."""
 
 ACCUMULATION = 10.0
-"""Loss and gradients go through all layers, whose errors add up: they may differ by this much more than one module."""
+"""A gradient has gone through many modules, whose errors add up like the square root of their number: it may differ
+by that root times more than one module's output, and at least this many times."""
 
 VANISHING = 0.1
 """The gradient of a bias can be zero by symmetry (softmax does not see the bias of the keys) and hold nothing but
@@ -125,7 +125,7 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
     Args:
         model: a patched model.
         batch: keyword arguments of its forward. The loss is the output's ``loss``, which `transformers` computes when
-            ``labels`` are given; without one, the outputs times fixed random numbers serve.
+            ``labels`` are given; without one, a weighted mean square of the outputs serves.
 
     Raises:
         TypeError: ``model`` is no module, or ``batch`` no mapping.
@@ -150,9 +150,10 @@ def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, n
         loss, gradients = _forward_backward(model, batch)
     with _random_state(), originals(modules.values()):
         expected_loss, expected_gradients = _forward_backward(model, batch)
-    tolerance = ACCUMULATION * max(row.tolerance for row in outputs.values()) if outputs else 0.0
+    tolerance = max((row.tolerance for row in outputs.values()), default=0.0)
     rows = list(outputs.values())
     rows.append(VerifyRow("loss", "", _error(loss, expected_loss), tolerance))
+    tolerance *= max(ACCUMULATION, math.sqrt(len(outputs)))
     largest = max((_norm(gradient) for gradient in expected_gradients.values()), default=0.0)
     for name, expected in expected_gradients.items():
         floor = VANISHING * largest if expected.dim() == 1 else 0.0
@@ -205,10 +206,10 @@ def _loss_of(output: Any) -> Tensor:
     tensors = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
     if not tensors:
         raise ValueError(f"verify: the model returned a {type(output).__name__} without a loss or any floating tensor")
-    # not their mean square, which hardly changes behind a normalisation
+    # random weights, because behind a normalisation the plain mean square is constant
     generator = torch.Generator().manual_seed(0)
-    products = [t.float() * torch.randn(t.shape, generator=generator).to(t.device) for t in tensors]
-    return torch.stack([product.sum() for product in products]).sum()
+    weights = [torch.rand(tensor.shape, generator=generator).to(tensor.device) for tensor in tensors]
+    return torch.stack([(w * t.float().square()).mean() for w, t in zip(weights, tensors, strict=True)]).sum()
 
 
 @contextmanager
@@ -256,16 +257,9 @@ def _tolerance(base: Any, x: Tensor, output: Tensor) -> float:
     dtypes = {x.dtype, output.dtype, fused.compute_dtype(base, x.dtype)}
     if torch.is_autocast_enabled(x.device.type):
         dtypes.add(torch.get_autocast_dtype(x.device.type))
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and _is_quantized(base):
+    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)
     return max(TOLERANCES[dtype] for dtype in dtypes)
-
-
-def _is_quantized(base: nn.Module) -> bool:
-    try:
-        return isinstance(read_weight(base), QuantizedTensor)
-    except NotFused:
-        return False
 
 
 # ---- leaving everything as it was

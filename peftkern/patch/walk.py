@@ -68,6 +68,9 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
 def unpatch(model: nn.Module) -> int:
     """Give every patched module of ``model`` back the class that it had; its outputs are bit-identical again.
 
+    Unmerge adapters from `QuantizedLinear` layers before: PEFT itself cannot, and the weight from before they were
+    merged is kept only while the model is patched.
+
     Returns:
         How many modules were put back; 0 for a model that is not patched.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from pathlib import Path
@@ -129,6 +130,32 @@ def test_a_base_layer_with_a_forward_of_its_own_is_left() -> None:
     report = patch(model)
     assert [row.reason for row in report.rows] == ["the base layer Doubled computes something of its own"]
     assert torch.equal(model(x), expected)
+
+
+def test_a_weight_of_a_special_tensor_class_is_left() -> None:
+    class Scaled(torch.Tensor):
+        pass
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), peft.LoraConfig(target_modules=["0"]))
+    base = model.base_model.model[0].base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Scaled), requires_grad=False)
+    assert [row.reason for row in patch(model).left] == ["the weight of the base layer is a Scaled, not a plain tensor"]
+
+
+def test_an_integer_weight_in_a_plain_linear_is_left() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), peft.LoraConfig(target_modules=["0"]))
+    base = model.base_model.model[0].base_layer
+    base.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False)
+    assert "the base weight has dtype torch.int8" in patch(model).left[0].reason
+
+
+def test_an_input_on_another_device_is_left_to_peft() -> None:
+    model = lora(llama("bnb-nf4"))
+    patch(model)
+    for layer in (layer_of(model), layer_of(model).base_layer):
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # whatever comes of it is theirs
+            layer(torch.empty(2, 64, device="meta"))
+        assert list(layer.__dict__["_peftkern"].calls_left) == ["the input is on meta and the base weight on cpu"]
 
 
 def test_a_trained_base_weight_is_left_even_when_it_is_unfrozen_later() -> None:
@@ -281,6 +308,26 @@ def test_modules_to_save(tied: bool) -> None:
     [row] = [row for row in report.rows if row.module.endswith("lm_head")]
     assert (row.kind, row.action) == ("ModulesToSaveWrapper", "left")
     assert_same_run(model, text(), expected)
+
+
+@pytest.mark.parametrize("base", ["dense", "bnb-nf4", "nf4"])
+def test_adapters_injected_without_a_peft_model(base: str) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    torch.manual_seed(2)
+    model = peft.inject_adapter_in_model(config, llama(base))
+    expected = run(model, text())
+    report = patch(model, strict=True)
+    assert sum(row.kind.startswith("lora.") for row in report.fused) == 4
+    assert_same_run(model, text(), expected)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_generating(base: str) -> None:
+    model = lora(llama(base)).eval()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids=text()["input_ids"], **options)
+    patch(model)
+    assert torch.equal(model.generate(input_ids=text()["input_ids"], **options), expected)
 
 
 def test_adapters_added_later() -> None:

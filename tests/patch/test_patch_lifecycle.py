@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import pickle
 from collections.abc import Callable
@@ -149,9 +150,13 @@ def test_strict_does_not_mind_what_nobody_asked_for() -> None:
     assert report.counts == {"fused": 2, "left": 14}
 
 
-@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("kernels", ["reference", "cpu", "auto"])
 def test_kernels_are_what_the_modules_use(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(llama())
+    if kernels == "cpu" and not native_kernels_are_built():
+        with pytest.raises(PatchError, match="kernels='cpu'"):
+            patch(model, kernels=kernels)
+        return
     report = patch(model, kernels=kernels)
     asked = []
     real = fused_file.lora_linear
@@ -160,8 +165,12 @@ def test_kernels_are_what_the_modules_use(kernels: str, monkeypatch: pytest.Monk
     )
     model(**text())
     assert asked == [None if kernels == "auto" else kernels] * 14
-    if kernels == "reference":
-        assert {row.kernel for row in report.fused} == {"lora_linear on reference"}
+    if kernels != "auto":
+        assert {row.kernel for row in report.fused} == {f"lora_linear on {kernels}"}
+
+
+def native_kernels_are_built() -> bool:
+    return importlib.util.find_spec("peftkern._cpu") is not None
 
 
 def test_patching_again_can_change_the_kernels() -> None:

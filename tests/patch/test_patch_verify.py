@@ -94,6 +94,19 @@ def test_other_dropout_drops_the_same_elements_twice() -> None:
     assert verify(model, text()).ok
 
 
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_lower_precision_has_its_own_tolerance(base: str) -> None:
+    model = lora(llama(base))
+    patch(model)
+    torch.set_float32_matmul_precision("high")
+    try:
+        report = verify(model, text())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert report.ok, str(report)
+    assert {row.tolerance for row in report.rows if row.what == "output"} == {2e-3}
+
+
 def test_gradient_checkpointing_is_fine() -> None:
     model = lora(llama("nf4"))
     model.gradient_checkpointing_enable()
