@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,13 +53,14 @@ def examine(model: nn.Module, backend: str | None) -> Iterator[Finding]:
     for name, module in model.named_modules():
         if _is_inside(name, adapter):
             if _is_swapped_base(module):
-                yield _base_finding(name, module, setting, has_row=not adapter_is_fused)
+                finding = _base_finding(name, module, setting, "the base layer alone")
+                yield replace(finding, row=None) if adapter_is_fused else finding
         elif _is_a(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
             finding = _adapter_finding(name, module, setting)
             adapter, adapter_is_fused = name, finding.row is not None and finding.row.action == "fused"
             yield finding
         elif _is_swapped_base(module):
-            yield _base_finding(name, module, setting, has_row=True)
+            yield _base_finding(name, module, setting, "no adapter")
         elif _is_a(module, "peft.utils.other", "AuxiliaryTrainingWrapper"):
             copied = name
             yield Finding(name, module, _left(name, module, "trained in full, beside the original (modules_to_save)"))
@@ -156,17 +157,16 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
     return Finding(name, module, _fused(name, module, weight, kernel, ["a module of peftkern, runs it unpatched"]))
 
 
-def _base_finding(name: str, module: nn.Module, setting: _Setting, has_row: bool) -> Finding:
+def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:
     try:
         if fused.has_own_forward(module):
             raise NotFused(OWN_FORWARD)
         weight = read_weight(module)
     except NotFused as refusal:
-        row = _left(name, module, str(refusal), wanted=True)
-        return Finding(name, module, row if has_row else None)
+        return Finding(name, module, _left(name, module, str(refusal), wanted=True))
     kernel = _kernel(module, weight, fused.LoraArguments(bias=getattr(module, "bias", None)), setting)
-    row = _fused(name, module, weight, kernel, ["no adapter", *_weight_notes(module, weight)])
-    return Finding(name, module, row if has_row else None, fused.fused_class(original_class(type(module))))
+    row = _fused(name, module, weight, kernel, [note, *_weight_notes(module, weight)])
+    return Finding(name, module, row, fused.fused_class(original_class(type(module))))
 
 
 def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:

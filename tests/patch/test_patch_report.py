@@ -60,6 +60,7 @@ def test_data_is_json() -> None:
     assert data["reasons"] == {"adapter 'default' is a DoraLinearVariant": 2, "dense, no adapter": 1}
     assert [PatchRow(**row) for row in data["rows"]] == list(report.rows)
     assert {row.kind for row in report.fused} == {"bnb.Linear4bit"}
+    assert {row.reason for row in report.fused} == {"no adapter", "the base layer alone"}
 
 
 def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
