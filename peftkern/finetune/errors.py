@@ -19,7 +19,8 @@ class InterruptedRunError(RunError):
     """The run was stopped on request after a checkpoint was written."""
 
 
-_DISK_MESSAGES = ("PytorchStreamWriter", "Error while serializing", "No space left")
+# of torch.save (two of its versions) and of safetensors, which raise no OSError
+_DISK_MESSAGES = ("inline_container.cc", "PytorchStreamWriter", "Error while serializing")
 
 
 def is_write_failure(error: BaseException) -> bool:

@@ -91,7 +91,7 @@ def _key(path: Path) -> str:
 def _convert(path: Path, folder: Path) -> None:
     try:
         tokenizer, model = _load(path)
-    except (OSError, ValueError, LookupError, RuntimeError) as error:
+    except Exception as error:  # on damaged files the readers raise anything, struct.error included
         raise InputError(f"MODEL: transformers cannot read {path}: {error}") from error
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

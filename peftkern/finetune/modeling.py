@@ -127,7 +127,7 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
 def _loading(load: Callable[[], Any], source: ModelSource) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and the hub's client each raise types of their own
         hint = (
             "" if Path(source.load_from).exists() else "; it is no local file or folder, so it was taken for a hub id"
         )

@@ -80,7 +80,7 @@ def _read_json_lines(path: Path, option: str) -> Iterator[Row]:
 
 def _parse_json_line(line: str, place: str, option: str) -> Row:
     try:
-        columns = json.loads(line)
+        columns = json.loads(line.strip())
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise InputError(f"{option}: {place}: not valid JSON ({reason}); each line must hold one object") from error

@@ -1,0 +1,101 @@
+"""``peftkern doctor`` and the entry points."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from cli_helpers import Command
+
+import peftkern
+from peftkern.backends import cpu, registry
+from peftkern.cli import facts
+
+
+def test_facts_as_json(command: Command) -> None:
+    result = command("doctor", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["usable"] is True
+    assert found["versions"]["peftkern"] == peftkern.__version__
+    assert found["versions"]["torch"]
+    assert found["cpu"]["threads"] >= 1
+    assert found["cpu"]["native_module"] is cpu.available()
+    assert set(found["cpu"]["supported"]) <= set(found["cpu"]["built"])
+    assert found["cpu"]["chosen"] in [*found["cpu"]["supported"], None]
+    assert {row["backend"] for row in found["operations"]} <= set(registry.PREFERENCE)
+
+
+def test_every_operation_has_a_typical_call() -> None:
+    assert {operation for operation, *_ in facts.typical_calls()} == set(registry.operations())
+
+
+def test_the_table_names_versions_and_operations(command: Command) -> None:
+    result = command("doctor")
+    assert result.exit_code == 0
+    for word in (
+        "python",
+        "torch",
+        "transformers",
+        "peft",
+        "instruction sets built",
+        "threads",
+        "lora_linear_backward",
+    ):
+        assert word in result.output
+
+
+def test_a_missing_native_module_is_loud_and_usable(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "native", None)
+    monkeypatch.setattr(cpu, "_IMPORT_ERROR", "no compiler was found")
+    for cached in (cpu.instruction_sets, cpu._resolve_isa):
+        cached.cache_clear()
+    try:
+        result = command("doctor")
+        found = json.loads(command("doctor", "--json").stdout)
+    finally:
+        cpu.instruction_sets.cache_clear()
+    assert result.exit_code == 0
+    assert result.output.startswith(" WARNING ")
+    assert "no compiler was found" in result.output
+    assert found["cpu"]["native_module"] is False
+    assert {row["backend"] for row in found["operations"]} == {"reference"}
+
+
+def test_what_cannot_run_is_said_and_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTKERN_BACKEND", "abacus")
+    result = command("doctor")
+    assert result.exit_code == 1
+    assert "some operations cannot run at all" in result.output
+    assert "PEFTKERN_BACKEND must be one of" in " ".join(result.output.split())
+
+
+def test_a_forced_instruction_set_that_does_not_exist(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.available():
+        pytest.skip("there is no native module to force")
+    monkeypatch.setenv("PEFTKERN_CPU_ISA", "sse1")
+    result = command("doctor")
+    assert "no instruction set can be used" in result.output
+    assert "sse1" in result.output
+
+
+def test_version_and_help(command: Command) -> None:
+    assert command("--version").stdout == f"peftkern {peftkern.__version__}\n"
+    shown = command("--help")
+    assert shown.exit_code == 0
+    for name in ("demo", "finetune", "bench", "doctor"):
+        assert name in shown.output
+
+
+def test_python_dash_m_and_lazy_imports() -> None:
+    """Help must come quickly, so nothing heavy may be imported for it."""
+    program = (
+        "import runpy, sys; sys.argv = ['peftkern', '--version']\n"
+        "try: runpy.run_module('peftkern', run_name='__main__')\n"
+        "except SystemExit as leaving: assert not leaving.code, leaving.code\n"
+        "print(sorted({'transformers', 'peft', 'datasets', 'matplotlib', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout == f"peftkern {peftkern.__version__}\n[]\n"
