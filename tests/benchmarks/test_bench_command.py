@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from peftkern.bench import BENCHMARKS, BenchError, Benchmark, find, registry
+from peftkern.bench import BENCHMARKS, BenchError, Benchmark, DisagreementError, Quantity, Result, find, registry
 from peftkern.cli.bench import bench
 
 NAMES = [
@@ -33,6 +33,7 @@ def use(monkeypatch: pytest.MonkeyPatch, *benchmarks: Benchmark) -> None:
 
 
 GOOD = Benchmark("good", "works", "fake_cases:timed_and_measured", packages=())
+ROW = Result("good", "made up", 8.0, 10.0, "MB", 0.8, 0.7, 0.9, Quantity.MEMORY)
 BAD = Benchmark("bad", "disagrees", "fake_cases:wrong", packages=())
 
 
@@ -95,17 +96,6 @@ def test_unwritable_file_is_an_error_before_anything_runs(tmp_path: Path, monkey
 
 
 @pytest.mark.usefixtures("importable_fakes")
-def test_run_prints_and_writes_all_three_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, GOOD)
-    rows = tmp_path / "rows.json"
-    result = runner.invoke(app, ["good", "--output", str(tmp_path), "--json", str(rows)], env={"COLUMNS": "200"})
-    assert result.exit_code == 0, result.output
-    assert "made up" in result.output
-    assert [row["case"] for row in json.loads(rows.read_text())] == ["nothing at all", "made up"]
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "bench.md", "bench.png"}
-
-
-@pytest.mark.usefixtures("importable_fakes")
 def test_failing_benchmark_is_reported_and_the_others_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, BAD, GOOD)
     rows = tmp_path / "rows.json"
@@ -115,9 +105,23 @@ def test_failing_benchmark_is_reported_and_the_others_are_kept(tmp_path: Path, m
     assert {row["name"] for row in json.loads(rows.read_text())} == {"good"}
 
 
-@pytest.mark.usefixtures("importable_fakes")
+def test_run_prints_and_writes_all_three_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, GOOD)
+    monkeypatch.setattr("peftkern.bench.runner.run", lambda entry: iter([ROW]))
+    rows = tmp_path / "rows.json"
+    result = runner.invoke(app, ["good", "--output", str(tmp_path), "--json", str(rows)], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "made up" in result.output
+    assert [row["case"] for row in json.loads(rows.read_text())] == ["made up"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.json", "bench.md", "bench.png"}
+
+
 def test_nothing_is_written_when_everything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disagreeing(_: Benchmark) -> None:
+        raise DisagreementError("dX: too far apart")
+
     use(monkeypatch, BAD)
+    monkeypatch.setattr("peftkern.bench.runner.run", disagreeing)
     result = runner.invoke(app, ["bad", "--output", str(tmp_path), "--json", str(tmp_path / "rows.json")])
     assert result.exit_code == 1
     assert list(tmp_path.iterdir()) == []
