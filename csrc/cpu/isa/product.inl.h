@@ -421,7 +421,11 @@ static void finish(const Product& p, const Block& block) {
       for (int64_t i = 0; i < block.outputs; ++i) out[i] = float_to_bfloat16(sums[i]);
     } else if (p.out_dtype == DType::float16) {
       uint16_t* out = static_cast<uint16_t*>(p.out) + position;
-      for (int64_t i = 0; i < block.outputs; ++i) out[i] = float_to_float16(sums[i]);
+      int64_t i = 0;
+#ifdef PEFTKERN_VECTOR_DECODE
+      for (; i + kLanes <= block.outputs; i += kLanes) store_halves(out + i, load(sums + i));
+#endif
+      for (; i < block.outputs; ++i) out[i] = float_to_float16(sums[i]);
     }
   }
 }

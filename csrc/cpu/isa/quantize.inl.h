@@ -24,23 +24,6 @@ static void read_floats(const void* data, DType dtype, int64_t begin, int64_t co
   for (; i < count; ++i) values[i] = float16_to_float(halves[i]);
 }
 
-static void write_floats(const float* values, int64_t count, void* data, DType dtype, int64_t begin) {
-  if (dtype == DType::float32) {
-    std::memcpy(static_cast<float*>(data) + begin, values, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  uint16_t* halves = static_cast<uint16_t*>(data) + begin;
-  if (dtype == DType::bfloat16) {
-    for (int64_t i = 0; i < count; ++i) halves[i] = float_to_bfloat16(values[i]);
-    return;
-  }
-  int64_t i = 0;
-#ifdef PEFTKERN_VECTOR_DECODE
-  for (; i + kLanes <= count; i += kLanes) store_halves(halves + i, load(values + i));
-#endif
-  for (; i < count; ++i) halves[i] = float_to_float16(values[i]);
-}
-
 // The greatest magnitude. Magnitudes order as their bits do, and NaN above infinity, so neither can hide.
 static float largest_magnitude(const Quantization& q, int64_t begin, int64_t end) {
   alignas(64) float values[kBuffer];
@@ -143,40 +126,59 @@ static void quantize_blocks(const Quantization& q, int64_t begin, int64_t end) {
 
 // ---- dequantize
 
-#ifdef PEFTKERN_VECTOR_DECODE
-template <class Encoded>
-static int64_t decode_buffer(const Weight& flat, int64_t begin, int64_t count, float scale, float* values) {
-  const Encoded encoded(flat);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(values + i, mul(encoded.row(flat.data, begin + i), broadcast(scale)));
-  return i;
+// Elements [begin, end) of the block with this scale, one by one. int8 multiplies twice, as its format says.
+static void dequantize_elements(const Dequantization& d, int64_t begin, int64_t end, float scale) {
+  const float factor = d.weight.encoding == Encoding::int8 ? kOneOver127 : 1.0f;
+  for (int64_t i = begin; i < end; ++i) store_float(d.out, d.dtype, i, weight_code(d.weight, 0, i) * scale * factor);
 }
-#endif
 
-// Elements [begin, begin + count) of one block, times its scale.
-static void decode_floats(const Weight& flat, int64_t begin, int64_t count, float scale, float* values) {
-  int64_t done = 0;
 #ifdef PEFTKERN_VECTOR_DECODE
-  if (flat.encoding == Encoding::code4) done = decode_buffer<Code4>(flat, begin, count, scale, values);
-  if (flat.encoding == Encoding::code8) done = decode_buffer<Code8>(flat, begin, count, scale, values);
-  if (flat.encoding == Encoding::int8) done = decode_buffer<Int8>(flat, begin, count, scale, values);
-#endif
-  for (; done < count; ++done) values[done] = weight_code(flat, 0, begin + done) * scale;
+constexpr int64_t kStreamFromBytes = 8 << 20;  // results that no cache would keep
+
+template <class Encoded, DType kDType, bool kStream>
+static void dequantize_vectors(const Dequantization& d, int64_t begin_block, int64_t end_block) {
+  const Encoded encoded(d.weight);
+  for (int64_t block = begin_block; block < end_block; ++block) {
+    int64_t i = block * d.block_size;
+    const int64_t end = i + d.block_size < d.elements ? i + d.block_size : d.elements;
+    const float scale = weight_scale(d.weight, block);
+    for (; i + kLanes <= end; i += kLanes) {
+      Float value = mul(encoded.row(d.weight.data, i), broadcast(scale));
+      if constexpr (Encoded::kPerDword == 4)
+        if (d.weight.encoding == Encoding::int8) value = mul(value, broadcast(kOneOver127));
+      if constexpr (kStream) stream(static_cast<float*>(d.out) + i, value);
+      if constexpr (!kStream && kDType == DType::float32) store(static_cast<float*>(d.out) + i, value);
+      if constexpr (kDType == DType::bfloat16) store_bfloat16(static_cast<uint16_t*>(d.out) + i, value);
+      if constexpr (kDType == DType::float16) store_halves(static_cast<uint16_t*>(d.out) + i, value);
+    }
+    dequantize_elements(d, i, end, scale);
+  }
+  if constexpr (kStream) finish_streaming();
 }
+
+template <class Encoded>
+static void dequantize_encoding(const Dequantization& d, int64_t begin, int64_t end) {
+  if (d.dtype == DType::bfloat16) return dequantize_vectors<Encoded, DType::bfloat16, false>(d, begin, end);
+  if (d.dtype == DType::float16) return dequantize_vectors<Encoded, DType::float16, false>(d, begin, end);
+  const bool aligned = reinterpret_cast<uintptr_t>(d.out) % 64 == 0 && d.block_size % kLanes == 0;
+  if (aligned && d.elements * 4 >= kStreamFromBytes)
+    return dequantize_vectors<Encoded, DType::float32, true>(d, begin, end);
+  dequantize_vectors<Encoded, DType::float32, false>(d, begin, end);
+}
+#endif
 
 // Blocks [begin, end) of a quantized weight, as if it were one row; a block of int8 is a row of the tensor.
-static void dequantize_blocks(const Dequantization& d, int64_t begin_block, int64_t end_block) {
-  alignas(64) float values[kBuffer];
-  for (int64_t block = begin_block; block < end_block; ++block) {
-    const int64_t begin = block * d.block_size;
-    const int64_t end = begin + d.block_size < d.elements ? begin + d.block_size : d.elements;
-    const float scale = weight_scale(d.weight, block);
-    for (int64_t i = begin; i < end; i += kBuffer) {
-      const int64_t count = end - i < kBuffer ? end - i : kBuffer;
-      decode_floats(d.weight, i, count, scale, values);
-      if (d.weight.encoding == Encoding::int8)
-        for (int64_t j = 0; j < count; ++j) values[j] *= kOneOver127;
-      write_floats(values, count, d.out, d.dtype, i);
-    }
+static void dequantize_blocks(const Dequantization& d, int64_t begin, int64_t end) {
+#ifdef PEFTKERN_VECTOR_DECODE
+  // A vector starts at an even element, and for the 4-bit codes thus at a whole byte: blocks are multiples of 32.
+  if (d.weight.encoding == Encoding::code4) return dequantize_encoding<Code4>(d, begin, end);
+  if (d.weight.encoding == Encoding::code8) return dequantize_encoding<Code8>(d, begin, end);
+  dequantize_encoding<Int8>(d, begin, end);
+#else
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * d.block_size;
+    const int64_t last = first + d.block_size < d.elements ? first + d.block_size : d.elements;
+    dequantize_elements(d, first, last, weight_scale(d.weight, block));
   }
+#endif
 }

@@ -43,6 +43,23 @@ static inline Float half_to_float(Int v) {
 static inline void store_halves(uint16_t* p, Float v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+// Rounded to nearest even; NaN stays NaN.
+static inline void store_bfloat16(uint16_t* p, Float v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i chosen = _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), _mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  const __m256i words = _mm256_srli_epi32(chosen, 16);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+// Past the caches; `p` is a multiple of 32 bytes.
+static inline void stream(float* p, Float v) { _mm256_stream_ps(p, v); }
+static inline void finish_streaming() { _mm_sfence(); }
+
 static inline Float lookup256(const float* table, Int index) { return _mm256_i32gather_ps(table, index, 4); }
 
 // The first `bytes` bytes (at most 32) and zeros.

@@ -117,6 +117,17 @@ static inline Float dot_bfloat16(Int a, Int b, Float sum) {
 }
 #endif
 
+// Rounded to nearest even; NaN stays NaN.
+static inline void store_bfloat16(uint16_t* p, Float v) {
+  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x00400000));
+  const __m512i bits = _mm512_mask_mov_epi32(round_to_bfloat16(v), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+}
+
+// Past the caches; `p` is a multiple of 64 bytes.
+static inline void stream(float* p, Float v) { _mm512_stream_ps(p, v); }
+static inline void finish_streaming() { _mm_sfence(); }
+
 // ---- float16: 32 terms of 32 outputs in a vector
 
 constexpr int kHalfLanes = 32;
