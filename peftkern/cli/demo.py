@@ -25,7 +25,7 @@ def demo(
     output: Annotated[
         Path, typer.Option(help="Folder for adapter, loss.png, summary.json, demo.json.")
     ] = _DEFAULT_OUTPUT,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 40,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="Compare with PEFT + bitsandbytes.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted demo.")] = False,
     debug: Debug = False,

@@ -26,7 +26,7 @@ from peftkern.finetune.gguf import smollm2_file, smollm2_folder
 from peftkern.finetune.modeling import padding_token
 
 INSTRUCTION = "Write the first line of the docstring of this Python function."
-STEPS = 60
+STEPS = 40
 BATCH_SIZE = 8
 HELD_OUT_SHARE = 0.2  # of the modules
 HELD_OUT_PAIRS = 32
@@ -67,6 +67,7 @@ def demonstrate(output: Path, steps: int, compare: bool, resume: bool, console: 
     config = make_config(output, steps, resume)
     session = run.start(config, console)
     results = run.finish(session, run.train_session(session))
+    session.reporter.say("\nwriting samples, without the adapter and with it")
     samples = write_samples(session, SAMPLES)
     comparison = None
     if compare:
@@ -129,8 +130,8 @@ def _write_data(library: Path, target: Path) -> None:
         raise InputError(
             f"there are no functions with docstrings in {library}; the demo learns from Python's own source"
         )
-    # a few hundred more than are learned in the time, so that more steps do not mean the same ones again
-    _write_chats(target / _TRAIN_FILE, choose_varied(train, 4 * STEPS * BATCH_SIZE))
+    # as many as the steps take: batches are grouped by length over the whole file, so a part of it would be biased
+    _write_chats(target / _TRAIN_FILE, choose_varied(train, STEPS * BATCH_SIZE))
     _write_chats(target / _HELD_OUT_FILE, choose_varied(held_out, HELD_OUT_PAIRS))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SHORTEST_LINE, _LONGEST_LINE = 20, 90  # characters: below is no description, above is no one-liner
-_LONGEST_SOURCE = 600
+_LONGEST_SOURCE = 400  # so that a training step is a matter of seconds on two cores
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -91,7 +91,7 @@ def _pairs_of_file(path: Path, module: str) -> Iterator[Pair]:
 
 def _pair_of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str) -> Pair | None:
     docstring = ast.get_docstring(node)
-    if not docstring or len(node.body) < 2:  # with nothing but a docstring there is nothing to describe
+    if not docstring or all(_does_nothing(statement) for statement in node.body):
         return None
     summary, *more = (line.strip() for line in docstring.strip().splitlines())
     if more and more[0]:
@@ -101,3 +101,10 @@ def _pair_of_function(node: ast.FunctionDef | ast.AsyncFunctionDef, module: str)
     node.body = node.body[1:]
     source = ast.unparse(node)
     return Pair(module, source, summary) if len(source) <= _LONGEST_SOURCE else None
+
+
+def _does_nothing(statement: ast.stmt) -> bool:
+    """Whether it is ``pass``, ``...`` or a docstring."""
+    return isinstance(statement, ast.Pass) or (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )

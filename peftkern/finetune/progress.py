@@ -52,14 +52,14 @@ class Reporter:
             self._progress.update(self._task, total=total, completed=done)
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Say that ``steps`` more are done; ``note`` is shown beside."""
+        """Say that ``steps`` more are done; ``note`` is shown beside; in a file, only steps that have one show."""
         before, self._done = self._done, self._done + steps
         if self._progress is not None:
             self._progress.update(self._task, completed=self._done, note=note)
             return
         stride = max(1, self._total // _LINES_PER_RUN)
-        if before // stride != self._done // stride:
-            self.say(f"{self._what}: {self._done}/{self._total} {note}".rstrip())
+        if note and before // stride != self._done // stride:
+            self.say(f"{self._what}: {self._done}/{self._total} {note}")
 
     def say(self, text: str) -> None:
         """Print a line; square brackets are printed as they are."""

@@ -25,9 +25,16 @@ class Thing:
         """Wait for the name of the thing."""
         return await self._name
 
+    def close(self):
+        """Close the file below the thing."""
+        self._file.close()
+
 def no_docstring(): return 1
 def nothing_but_a_docstring():
     """There is nothing here to be described."""
+def empty():
+    """There is nothing here to be described either."""
+    pass
 def too_short():
     """Short."""
     return 1
@@ -53,6 +60,7 @@ def test_what_is_collected(tmp_path: Path) -> None:
     assert [(pair.module, pair.summary) for pair in pairs] == [
         ("pack.one", "Return the sum of two numbers."),
         ("pack.one", "Wait for the name of the thing."),
+        ("pack.one", "Close the file below the thing."),
     ]
     assert pairs[0].source == "def add(a, b):\n    return a + b"
     assert pairs[1].source.startswith("@property\nasync def name(self):")
