@@ -32,8 +32,7 @@ static void tile(const TileArguments& arguments) {
   const int64_t stride = arguments.out_stride;
   Float sums[kRows][kVectors];
   for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVectors; ++v)
-      sums[row][v] = arguments.accumulate ? load(out + row * stride + v * kLanes) : zero();
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = zero();
   for (int64_t k = 0; k < arguments.steps; ++k) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
@@ -42,8 +41,12 @@ static void tile(const TileArguments& arguments) {
     a += kRows;
     b += kVectors * kLanes;
   }
+  // Adding the block's sum to the total, instead of going on from it, keeps rounding errors of long sums apart.
   for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVectors; ++v) store(out + row * stride + v * kLanes, sums[row][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* total = out + row * stride + v * kLanes;
+      store(total, arguments.accumulate ? add(load(total), sums[row][v]) : sums[row][v]);
+    }
 }
 
 template <class Step, int kVectors, int kRows>
