@@ -19,10 +19,6 @@ constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up t
 // the arithmetic, packing an activation again for 64 outputs is 15%.
 constexpr int64_t kTokensPerTask = 128;
 
-static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Schedule {
   Precision form;
   int tile_rows;
@@ -163,14 +159,15 @@ static float half_row_scale(const float* row, int64_t steps) {
 #endif
 
 #ifdef PEFTKERN_VECTOR_DECODE
-static void turn_activations(const float* staged, Precision form, int rows, int64_t steps, void* packed) {
+static void turn_activations(const float* source, int64_t stride, Precision form, int rows, int64_t steps,
+                             void* packed) {
   if (rows == 1 && form == Precision::float32) {
-    std::memcpy(packed, staged, static_cast<size_t>(steps) * sizeof(float));
+    std::memcpy(packed, source, static_cast<size_t>(steps) * sizeof(float));
     return;
   }
   for (int64_t k = 0; k < steps; k += kLanes) {
     Int block[kLanes];
-    for (int row = 0; row < kLanes; ++row) block[row] = load_int(staged + (row < rows ? row : 0) * staged_stride() + k);
+    for (int row = 0; row < kLanes; ++row) block[row] = load_int(source + (row < rows ? row : 0) * stride + k);
     transpose(block);
 #ifdef PEFTKERN_VECTOR_FORMS
     if (form == Precision::bfloat16) {
@@ -192,10 +189,10 @@ static void turn_activations(const float* staged, Precision form, int rows, int6
   }
 }
 #else
-static void turn_activations(const float* staged, Precision, int rows, int64_t steps, void* packed) {
+static void turn_activations(const float* source, int64_t stride, Precision, int rows, int64_t steps, void* packed) {
   float* floats = static_cast<float*>(packed);
   for (int64_t k = 0; k < steps; ++k)
-    for (int row = 0; row < rows; ++row) floats[k * rows + row] = staged[row * staged_stride() + k];
+    for (int row = 0; row < rows; ++row) floats[k * rows + row] = source[row * stride + k];
 }
 #endif
 
@@ -207,6 +204,12 @@ static inline void* packed_at(void* activations, Precision form, int rows, int64
 // Packs `rows` tokens and `steps` features from k0 on.
 static void pack_activations(const Activations& a, float* stage, Precision form, int64_t token, int rows, int64_t k0,
                              int64_t steps, void* packed, float* row_scales) {
+  const bool as_they_lie = a.dtype == DType::float32 && a.feature_stride == 1 && !dropout_active(a.dropout) &&
+                           form != Precision::float16 && steps % kLanes == 0;
+  if (as_they_lie) {
+    const float* source = static_cast<const float*>(a.data) + token * a.token_stride + k0;
+    return turn_activations(source, a.token_stride, form, rows, steps, packed);
+  }
   for (int row = 0; row < rows; ++row) {
     float* staged = stage + row * staged_stride();
     stage_row(a, token + row, k0, steps, staged);
@@ -221,7 +224,7 @@ static void pack_activations(const Activations& a, float* stage, Precision form,
     (void)row_scales;
 #endif
   }
-  turn_activations(stage, form, rows, steps, packed);
+  turn_activations(stage, staged_stride(), form, rows, steps, packed);
 }
 
 static inline int64_t tile_steps(Precision form, int64_t steps) {

@@ -5,6 +5,10 @@
 // of full tiles; the compiler makes one function of each.
 #pragma once
 
+static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 struct TileArguments {
   const void* activations;
   const void* panel;
@@ -30,8 +34,11 @@ static void tile(const TileArguments& arguments) {
   const float* b = static_cast<const float*>(arguments.panel);
   float* out = arguments.out;
   const int64_t stride = arguments.out_stride;
+  // Every loop over the tile is unrolled, or the compiler keeps the sums in memory at both ends.
   Float sums[kRows][kVectors];
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[row][v] = zero();
   for (int64_t k = 0; k < arguments.steps; ++k) {
 #pragma GCC unroll 16
@@ -42,11 +49,16 @@ static void tile(const TileArguments& arguments) {
     b += kVectors * kLanes;
   }
   // Adding the block's sum to the total, instead of going on from it, keeps rounding errors of long sums apart.
+  if (arguments.accumulate) {
+#pragma GCC unroll 16
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = add(load(out + row * stride + v * kLanes), sums[row][v]);
+  }
+#pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
-    for (int v = 0; v < kVectors; ++v) {
-      float* total = out + row * stride + v * kLanes;
-      store(total, arguments.accumulate ? add(load(total), sums[row][v]) : sums[row][v]);
-    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(out + row * stride + v * kLanes, sums[row][v]);
 }
 
 template <class Step, int kVectors, int kRows>
@@ -78,6 +90,7 @@ static void half_tile(const TileArguments& arguments) {
   for (int64_t begin = 0; begin < arguments.steps; begin += kHalfChunk) {
     const int64_t end = begin + kHalfChunk < arguments.steps ? begin + kHalfChunk : arguments.steps;
     Half sums[kRows][2];
+#pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = half_zero();
     for (int64_t k = begin; k < end; ++k) {
       const Half b0 = half_load(b), b1 = half_load(b + kHalfLanes);
@@ -90,9 +103,11 @@ static void half_tile(const TileArguments& arguments) {
       a += kRows;
       b += 2 * kHalfLanes;
     }
+#pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       float* out = arguments.out + row * stride;
       const Float scale = broadcast(arguments.row_scales[row] * arguments.panel_scale);
+#pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
         float* low = out + v * kHalfLanes;
         float* high = low + kLanes;
