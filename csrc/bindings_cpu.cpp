@@ -128,6 +128,34 @@ void dequantize(const std::string& isa, const WeightTuple& weight, int64_t eleme
   cpu::run_dequantization(kernels, d, threads);
 }
 
+void silu_mul(const std::string& isa, uintptr_t gate, uintptr_t up, uintptr_t out, int dtype, int64_t elements,
+              int threads) {
+  cpu::SiluMul s;
+  s.gate = pointer<void>(gate);
+  s.up = pointer<void>(up);
+  s.out = reinterpret_cast<void*>(out);
+  s.dtype = static_cast<DType>(dtype);
+  s.elements = elements;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_silu_mul(kernels, s, threads);
+}
+
+void silu_mul_backward(const std::string& isa, uintptr_t grad, uintptr_t gate, uintptr_t up, uintptr_t grad_gate,
+                       uintptr_t grad_up, int dtype, int64_t elements, int threads) {
+  cpu::SiluMul s;
+  s.grad = pointer<void>(grad);
+  s.gate = pointer<void>(gate);
+  s.up = pointer<void>(up);
+  s.grad_gate = reinterpret_cast<void*>(grad_gate);
+  s.grad_up = reinterpret_cast<void*>(grad_up);
+  s.dtype = static_cast<DType>(dtype);
+  s.elements = elements;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_silu_mul_backward(kernels, s, threads);
+}
+
 py::list instruction_sets() {
   py::list rows;
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
@@ -168,4 +196,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dequantize", &dequantize, py::arg("isa"), py::arg("weight"), py::arg("elements"), py::arg("block_size"),
              py::arg("out"), py::arg("dtype"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct Dequantization, says what is computed.");
+  module.def("silu_mul", &silu_mul, py::arg("isa"), py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("dtype"),
+             py::arg("elements"), py::arg("threads"), "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
+  module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("grad"), py::arg("gate"), py::arg("up"),
+             py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"), py::arg("elements"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
 }

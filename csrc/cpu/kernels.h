@@ -81,6 +81,19 @@ struct Dequantization {
   DType dtype = DType::float32;
 };
 
+// out = silu(gate) * up, and its gradients; all tensors are contiguous, of one dtype and size. A gradient whose pointer
+// is null is not wanted.
+struct SiluMul {
+  const void* gate = nullptr;
+  const void* up = nullptr;
+  void* out = nullptr;
+  const void* grad = nullptr;
+  void* grad_gate = nullptr;
+  void* grad_up = nullptr;
+  DType dtype = DType::float32;
+  int64_t elements = 0;
+};
+
 struct Kernels {
   const char* name;
   bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor; elsewhere it runs as float32
@@ -90,6 +103,8 @@ struct Kernels {
   void (*product_task)(const Product&, int64_t task, void* scratch);
   void (*quantize_blocks)(const Quantization&, int64_t begin, int64_t end);
   void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
+  void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
+  void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
 };
 
 }  // namespace peftkern::cpu

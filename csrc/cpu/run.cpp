@@ -56,6 +56,16 @@ void run_dequantization(const Kernels& kernels, const Dequantization& d, int thr
                    [&](int64_t begin, int64_t end) { kernels.dequantize_blocks(d, begin, end); });
 }
 
+void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads) {
+  for_block_ranges(s.elements, 1, threads,
+                   [&](int64_t begin, int64_t end) { kernels.silu_mul_elements(s, begin, end); });
+}
+
+void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads) {
+  for_block_ranges(s.elements, 1, threads,
+                   [&](int64_t begin, int64_t end) { kernels.silu_mul_backward_elements(s, begin, end); });
+}
+
 void run_product(const Kernels& kernels, const Product& p) {
   const size_t scratch = kernels.product_scratch(p);
   parallel_for(kernels.product_tasks(p), p.threads,

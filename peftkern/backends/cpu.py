@@ -433,3 +433,54 @@ def _skinny_gradient(left: Tensor, right: Tensor, dropout: tuple[int, int, float
     out = left.new_empty(left.shape[1], right.shape[1])
     _product(left, _dense_tuple(right), out, transposed=True, turned=True, weight_dropout=dropout)
     return out
+
+
+# ---- silu_mul
+
+
+def _supports_silu_mul(tensor: Tensor, *_rest: Any) -> str | None:
+    if native is None:
+        return _IMPORT_ERROR
+    if tensor.device.type != "cpu":
+        return f"tensors are on {tensor.device}"
+    return None if tensor.dtype in _DTYPE_CODE else f"{tensor.dtype} tensors"
+
+
+@registry.register("silu_mul", "cpu", supports=_supports_silu_mul)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Forward; see :func:`peftkern.ops.silu_mul.silu_mul`. Tensors that are not contiguous are copied first."""
+    gate, up = gate.contiguous(), up.contiguous()
+    out = _new(gate, *gate.shape)
+    native.silu_mul(
+        chosen_isa(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        _DTYPE_CODE[gate.dtype],
+        gate.numel(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@registry.register("silu_mul_backward", "cpu", supports=_supports_silu_mul)
+def silu_mul_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Backward; see :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
+    grad, gate = grad.contiguous(), gate.contiguous()
+    up = None if up is None else up.contiguous()
+    grad_gate = _new(gate, *gate.shape) if need_gate else None
+    grad_up = _new(gate, *gate.shape) if need_up else None
+    native.silu_mul_backward(
+        chosen_isa(),
+        grad.data_ptr(),
+        gate.data_ptr(),
+        _address(up),
+        _address(grad_gate),
+        _address(grad_up),
+        _DTYPE_CODE[gate.dtype],
+        gate.numel(),
+        torch.get_num_threads(),
+    )
+    return grad_gate, grad_up

@@ -111,6 +111,11 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
     yield "quantize", "nf4, scales quantized as well", lambda: (_weight(None), "nf4", 64, True)
     yield "dequantize", "nf4 to float32", lambda: (_weight("nf4"), torch.float32)
     yield "dequantize", "nf4 to bfloat16", lambda: (_weight("nf4"), torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        gate = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
+        text = str(dtype).removeprefix("torch.")
+        yield "silu_mul", text, partial(tuple, (gate, gate))
+        yield "silu_mul_backward", text, partial(tuple, (gate, gate, gate, True, True))
 
 
 _FEATURES, _TOKENS, _RANK = 128, 32, 16

@@ -3,5 +3,6 @@
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.quantize import quantize
+from peftkern.ops.silu_mul import silu_mul
 
-__all__ = ["dequantize", "lora_linear", "quantize"]
+__all__ = ["dequantize", "lora_linear", "quantize", "silu_mul"]

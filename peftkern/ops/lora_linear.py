@@ -100,7 +100,7 @@ def lora_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     seed = dropout.draw_seed(x.device) if any(adapters.dropout_p) else None
     lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
-    if _is_plain_eager(x):
+    if is_plain_eager(x):
         return _apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
     y: Tensor
     y, _ = torch.ops.peftkern.lora_linear(x, *_flatten_weight(weight), *lists, seed, bias, backend)
@@ -216,7 +216,8 @@ def _unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
 # ---- reference
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of reference arithmetic: float64 for a float64 x, otherwise float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -239,7 +240,7 @@ def _dropped(x: Tensor, adapters: Adapters, index: int) -> Tensor:
 @registry.register("lora_linear", "reference")
 def lora_linear_reference(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Forward in plain PyTorch, in float32 (float64 for a float64 x). x is [tokens, in]; returns y and h."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     x_ = x.to(dtype)
     y = x_ @ _dense_weight(weight, dtype).t()
     h = x_.new_zeros(x.shape[0], sum(a.shape[0] for a in adapters.lora_A))
@@ -266,7 +267,7 @@ def lora_linear_backward_reference(
     grad is [tokens, out]; x may be ``None`` where no A needs a gradient; ``need_lora`` holds the flags of every A, then
     those of every B.
     """
-    dtype = _compute_dtype(grad)
+    dtype = compute_dtype(grad)
     count = len(adapters)
     grad_ = grad.to(dtype)
     grad_A: list[Tensor | None] = [None] * count
@@ -290,7 +291,7 @@ def lora_linear_backward_reference(
 # ---- eager calls
 
 
-def _is_plain_eager(x: Tensor) -> bool:
+def is_plain_eager(x: Tensor) -> bool:
     """Whether nothing watches operators: no compiler, no tracing mode, no tensor subclass.
 
     Then the autograd function below replaces the operator, whose passage through torch.library takes 0.5 ms for a
@@ -395,7 +396,7 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out_features, lora_A = arguments[_WEIGHT_ARGUMENTS - 2], arguments[_WEIGHT_ARGUMENTS]
     tokens = x.shape[:-1].numel()
     ranks = sum(a.shape[0] for a in lora_A)
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(tokens, ranks, dtype=_compute_dtype(x))
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(tokens, ranks, dtype=compute_dtype(x))
 
 
 @torch.library.custom_op(

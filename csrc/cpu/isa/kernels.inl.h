@@ -7,12 +7,16 @@
 //
 #include "cpu/isa/product.inl.h"
 //
+#include "cpu/isa/convert.inl.h"
+//
 #include "cpu/isa/quantize.inl.h"
+//
+#include "cpu/isa/silu_mul.inl.h"
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16,  product_scratch,
-      product_tasks,     product_task,    quantize_blocks, dequantize_blocks,
+      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16,    product_scratch,   product_tasks,
+      product_task,      quantize_blocks, dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
   };
   return &table;
 }

@@ -3,26 +3,8 @@
 // multiplication and addition may be contracted (-ffp-contract=off).
 #pragma once
 
-constexpr int64_t kBuffer = 64;
 constexpr float kSmallestDivisor = 1e-38f;
 constexpr float kOneOver127 = 0.007874015718698502f;
-
-static void read_floats(const void* data, DType dtype, int64_t begin, int64_t count, float* values) {
-  if (dtype == DType::float32) {
-    std::memcpy(values, static_cast<const float*>(data) + begin, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  const uint16_t* halves = static_cast<const uint16_t*>(data) + begin;
-  if (dtype == DType::bfloat16) {
-    for (int64_t i = 0; i < count; ++i) values[i] = bfloat16_to_float(halves[i]);
-    return;
-  }
-  int64_t i = 0;
-#ifdef PEFTKERN_VECTOR_DECODE
-  for (; i + kLanes <= count; i += kLanes) store(values + i, half_to_float(expand_words(halves + i)));
-#endif
-  for (; i < count; ++i) values[i] = float16_to_float(halves[i]);
-}
 
 // The greatest magnitude. Magnitudes order as their bits do, and NaN above infinity, so neither can hide.
 static float largest_magnitude(const Quantization& q, int64_t begin, int64_t end) {
