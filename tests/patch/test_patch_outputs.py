@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patch_models import BASES, DEEP, assert_same_run, bert, error, fused_modules, llama, lora, run, text, twin
+from patch_models import BASES, DEEP, TOLERANCE, assert_same_run, bert, error, fused_modules, llama, lora, run, text, twin
 from torch import nn
 
 from peftkern.patch import patch
@@ -184,12 +184,13 @@ def test_any_layer_with_any_adapters(
     model.base_model.set_adapter([str(name) for name in active])
     x = torch.randn(*leading, in_features, dtype=torch.float64)
     x = x.mT.contiguous().mT if transposed and x.dim() > 1 else x
+    grad = torch.randn(*leading, out_features, dtype=torch.float64)
 
     def results(model: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
         model = model.to(dtype)
         input = x.to(dtype, copy=True).requires_grad_()
         output = model(input)
-        output.sin().sum().backward()
+        output.backward(grad.to(dtype))
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
         return [output.detach(), input.grad, *gradients]
@@ -201,5 +202,4 @@ def test_any_layer_with_any_adapters(
     assert len(actual) == len(expected)
     for ours, reference in zip(actual, expected, strict=True):
         assert ours.shape == reference.shape
-        # sin of large outputs amplifies their rounding, hence more than one layer's tolerance
-        assert error(ours, reference) <= DEEP or ours.numel() == 0
+        assert error(ours, reference) <= TOLERANCE or ours.numel() == 0
