@@ -15,6 +15,7 @@ from peftkern.formats import QuantizedTensor
 from peftkern.ops.lora_linear import Adapters
 from peftkern.patch import fused
 from peftkern.patch.fused import STATE
+from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.report import PatchRow
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
 
@@ -64,7 +65,11 @@ def examine(model: nn.Module, backend: str | None) -> Iterator[Finding]:
         elif _is_a(module, "peft.utils.other", "AuxiliaryTrainingWrapper"):
             copied = name
             yield Finding(name, module, _left(name, module, "trained in full, beside the original (modules_to_save)"))
-        elif isinstance(module, nn.Linear) and not _is_inside(name, copied):
+        elif _is_inside(name, copied):
+            continue
+        elif is_gated_mlp(original_class(type(module))):
+            yield _gated_finding(name, module, setting)
+        elif isinstance(module, nn.Linear):
             yield _plain_finding(name, module, setting)
 
 
@@ -155,6 +160,21 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
     weight = read_weight(module)
     kernel = _kernel(module, weight, fused.LoraArguments(bias=module.bias), setting)
     return Finding(name, module, _fused(name, module, weight, kernel, ["a module of peftkern, runs it unpatched"]))
+
+
+def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
+    try:
+        if fused.has_own_forward(block):
+            raise NotFused(OWN_FORWARD)
+        fused.check_activation(block.act_fn)
+    except NotFused as refusal:
+        return Finding(name, block, _left(name, block, str(refusal)))
+    device = next((parameter.device for parameter in block.parameters()), None)
+    gate = torch.empty(1, dtype=setting.dtype, device=device)
+    choice = registry.choose("silu_mul", gate, gate, backend=setting.backend)
+    kernel = f"silu_mul on {choice.backend}"
+    row = PatchRow(name, _class_name(block), "", "fused", kernel, wanted=True, calls_left=_calls(block))
+    return Finding(name, block, row, fused.fused_class(original_class(type(block))))
 
 
 def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:

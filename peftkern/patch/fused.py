@@ -4,8 +4,9 @@ Nothing of a layer but its class changes: parameters, buffers, hooks, names and 
 a fused layer needs sits in one entry of its `__dict__`, and goes when the layer is unpatched.
 
     y = x Wᵀ + Σᵢ sᵢ (Dᵢ(x) Aᵢᵀ) Bᵢᵀ + b + Σᵢ sᵢ bᵢ          i over the active adapters of this layer
+    y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind
 
-Whatever this product does not cover raises `NotFused` and then runs the original forward, counted and logged.
+Whatever this does not cover raises `NotFused` and then runs what the original runs, counted and logged.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import QuantizedTensor
-from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear
+from peftkern.ops.silu_mul import silu_mul
 from peftkern.patch import merging
+from peftkern.patch.gated import is_gated_mlp, is_silu
 from peftkern.patch.weights import NotFused, ViewCache, base_kind, original_class, read_weight
 
 logger = logging.getLogger("peftkern")
@@ -118,6 +121,8 @@ def _rebuild(original: type) -> Any:
 def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
     if is_lora_class(original):
         return {"forward": _lora_forward(original), "merge": _merge(original), "unmerge": _unmerge(original)}
+    if is_gated_mlp(original):
+        return {"forward": _gated_forward}
     kind = base_kind(original)
     return {"forward": _base_forward(original)} if kind is not None and kind.swap else None
 
@@ -161,6 +166,40 @@ def _base_forward(original: Any) -> Callable[..., Tensor]:
         return original.forward(self, x)  # type: ignore[no-any-return]
 
     return forward
+
+
+def _gated_forward(self: Any, x: Tensor) -> Tensor:
+    # the results of gate_proj and up_proj are not named here: without gradients they are freed before down_proj runs
+    return self.down_proj(_gated(self, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def _gated(block: Any, gate: Tensor, up: Tensor) -> Tensor:
+    state = block.__dict__[STATE]
+    try:
+        check_activation(block.act_fn)
+        _check_gate(gate, up)
+    except NotFused as refusal:
+        state.note(str(refusal))
+    else:
+        return silu_mul(gate, up, backend=state.backend)
+    return block.act_fn(gate) * up  # type: ignore[no-any-return]
+
+
+def check_activation(activation: Any) -> None:
+    """Raise `NotFused` unless calling ``activation`` is SiLU and nothing more."""
+    if not is_silu(activation):
+        raise NotFused(f"the activation is {type(activation).__name__}, not SiLU")
+    if _is_hooked(activation):
+        raise NotFused("the activation has hooks, which the fused product would skip")
+
+
+def _check_gate(gate: Tensor, up: Tensor) -> None:
+    if type(gate) is not Tensor or type(up) is not Tensor:
+        raise NotFused(f"the activations are of type {type(gate).__name__} and {type(up).__name__}, not plain tensors")
+    if gate.dtype != up.dtype or gate.dtype not in FLOAT_DTYPES:
+        raise NotFused(f"gate_proj gives {gate.dtype} and up_proj {up.dtype}")
+    if gate.shape != up.shape or gate.device != up.device:
+        raise NotFused("gate_proj and up_proj give results of different shapes or on different devices")
 
 
 def _merge(original: Any) -> Callable[..., None]:

@@ -27,12 +27,13 @@ class PatchError(RuntimeError):
 def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> PatchReport:
     """Let the linear layers of ``model`` that are quantized or carry LoRA adapters run on fused kernels, in place.
 
-    Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, and bitsandbytes
-    layers without adapter. Only the class of these instances changes, to a subclass of itself. Adapters may be added,
-    switched, disabled, merged and saved afterwards through PEFT's own calls; where PEFT creates new layers, call
-    `patch` again. What the fused product does not cover (DoRA and other variants, `adapter_names`, hooks on inner
-    layers) runs the code that it ran before, and is named in the report or, when it depends on the call, logged and
-    counted in the next report.
+    Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, bitsandbytes
+    layers without adapter, and the feed-forward blocks of `transformers` that SiLU gates, whatever layers they hold:
+    those keep two tensors for the backward pass instead of three. Only the class of these instances changes, to a
+    subclass of itself. Adapters may be added, switched, disabled, merged and saved afterwards through PEFT's own calls;
+    where PEFT creates new layers, call `patch` again. What the fused product does not cover (DoRA and other variants,
+    `adapter_names`, hooks on inner layers) runs the code that it ran before, and is named in the report or, when it
+    depends on the call, logged and counted in the next report.
 
     Two differences to the code replaced: one rounding to the dtype of x instead of several, sums being in float32; and
     over bitsandbytes' int8, the exact product with the dequantized weight, where bitsandbytes rounds activations.

@@ -44,14 +44,14 @@ def test_a_run_learns_and_writes_everything(
     assert after["loss"] < 0.9 * before["loss"]
     assert before["tokens"] == after["tokens"] > 0
     assert [entry["step"] for entry in summary["training_loss"]] == list(range(1, 9))
-    assert summary["patch"]["counts"] == {"fused": 14, "left": 1}
+    assert summary["patch"]["counts"] == {"fused": 16, "left": 1}
     assert summary["examples"] == {"train": 36, "held_out": 4, "cut": 0, "dropped": 0}
     assert summary["steps"] == 8
     assert summary["tokens"] > 8 * 8 * 10
     assert summary["peak_memory_mb"]["resident"] > 50
     assert summary["settings"]["rank"] == 16
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for line in ("14 modules fused", "training: 8/8 loss", "tokens/s", "held-out loss", "peak memory"):
+    for line in ("16 modules fused", "training: 8/8 loss", "tokens/s", "held-out loss", "peak memory"):
         assert line in result.output
 
 
@@ -100,7 +100,7 @@ def test_a_yaml_file_and_every_format(command: Command, model_folder: Path, tmp_
         summary = json.loads((output / "summary.json").read_text())
         assert summary["quantization"].startswith(str(extra[0]))
         assert summary["held_out_loss"] == {"before": None, "after": None}
-        assert summary["patch"]["counts"]["fused"] == 14
+        assert summary["patch"]["counts"]["fused"] == 16
 
 
 def test_running_text(command: Command, model_folder: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_model_that_is_quantized_already_stays_as_it_is(
     assert result.exit_code == 0, result.output
     summary = json.loads((output / "summary.json").read_text())
     assert summary["quantization"] == "as the checkpoint has it (peftkern)"
-    assert summary["patch"]["counts"]["fused"] == 14
+    assert summary["patch"]["counts"]["fused"] == 16
 
 
 # ---- interruption

@@ -137,6 +137,7 @@ def assert_same_run(model: nn.Module, batch: dict[str, Tensor], expected: Any, t
 
 
 def fused_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The patched modules: linear layers, and in a `llama` the two gated blocks that hold some of them."""
     return {name: module for name, module in model.named_modules() if "_peftkern" in module.__dict__}
 
 

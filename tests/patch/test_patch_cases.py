@@ -59,20 +59,20 @@ def test_variants_run_pefts_own_code(base: str, options: dict[str, Any], reason:
     assert len(rows) == 14
     assert {(row.action, row.reason) for row in rows} == {("left", reason)}
     # over bitsandbytes the base layer runs on our kernel all the same, and says so in a row of its own
-    assert report.counts["fused"] == (14 if base == "bnb-nf4" else 0)
+    assert report.counts["fused"] == 2 + (14 if base == "bnb-nf4" else 0)
     assert_same_run(model, batch, expected)
 
 
 def test_a_layer_with_a_plain_and_a_dora_adapter_follows_the_active_one() -> None:
     model = lora(llama())
     model.add_adapter("dora", peft.LoraConfig(target_modules="all-linear", use_dora=True, init_lora_weights=False))
-    assert patch(model).counts["fused"] == 14
+    assert patch(model).counts["fused"] == 16
     model.set_adapter("dora")
     expected = run(twin_unpatched(model), text())
     assert {row.reason for row in patch(model).left} == {"adapter 'dora' is a DoraLinearVariant", "dense, no adapter"}
     assert_same_run(model, text(), expected)
     model.set_adapter("default")
-    assert patch(model).counts["fused"] == 14
+    assert patch(model).counts["fused"] == 16
 
 
 def twin_unpatched(model: nn.Module) -> Any:
@@ -111,7 +111,7 @@ def test_other_adapters_than_lora_are_named() -> None:
     model = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
     report = patch(model)
     assert report.reasons["an adapter of another kind than LoRA"] == 2
-    assert not fused_modules(model)
+    assert {type(module).__name__ for module in fused_modules(model).values()} == {"LlamaMLP"}
 
 
 def test_adalora_is_left() -> None:
@@ -175,13 +175,13 @@ def test_mixed_batches_run_pefts_own_code_and_say_so_once(caplog: pytest.LogCapt
     expected = model(**batch).logits
     patch(model)
     with caplog.at_level(logging.WARNING, logger="peftkern"):
-        assert torch.equal(model(**batch).logits, expected)
+        assert error(model(**batch).logits, expected) <= DEEP
         model(**batch)
     messages = [record.getMessage() for record in caplog.records if record.name == "peftkern"]
     assert messages == [
         "base_model.model.model.layers.0.self_attn.q_proj runs its original forward: called with adapter_names"
     ]
-    rows = patch(model).fused
+    rows = [row for row in patch(model).fused if row.weight]
     assert {tuple(row.calls_left.items()) for row in rows} == {(("called with adapter_names", 2),)}
 
 
@@ -236,7 +236,7 @@ def test_disabling_and_enabling(base: str) -> None:
     patch(model)
     with model.disable_adapter():
         assert error(model(**text()).logits, expected) <= DEEP
-        assert {row.reason.split(";")[0] for row in patch(model).fused} == {
+        assert {row.reason.split(";")[0] for row in patch(model).fused if row.weight} == {
             "adapters are disabled now: the base layer runs alone"
         }
     assert error(model(**text()).logits, on) <= DEEP
@@ -332,14 +332,14 @@ def test_generating(base: str) -> None:
 
 def test_adapters_added_later() -> None:
     model = lora(llama("nf4"), target_modules=["q_proj"])
-    assert patch(model).counts["fused"] == 14
+    assert patch(model).counts["fused"] == 16
     model.add_adapter("wide", peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     model.set_adapter("wide")
     expected = run(twin_unpatched(model), text())
     assert_same_run(model, text(), expected)
-    assert len(fused_modules(model)) == 2
-    patch(model, strict=True)
     assert len(fused_modules(model)) == 4
+    patch(model, strict=True)
+    assert len(fused_modules(model)) == 6
     assert_same_run(model, text(), expected)
 
 
@@ -356,7 +356,8 @@ def test_scaling_is_read_on_every_call() -> None:
     model = lora(llama())
     patch(model)
     for module in fused_modules(model).values():
-        module.scale_layer(2.5)  # type: ignore[operator]
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(2.5)  # type: ignore[operator]
     assert_same_run(model, text(), run(twin_unpatched(model), text()))
 
 
@@ -388,7 +389,8 @@ def test_merging_dense_weights() -> None:
     patch(model)
     model.merge_adapter()
     assert error(model(**text()).logits.detach(), expected[0]) <= DEEP
-    assert {row.reason for row in patch(model).fused} == {"adapters are merged now: the base layer runs alone"}
+    reasons = {row.reason for row in patch(model).fused if row.weight}
+    assert reasons == {"adapters are merged now: the base layer runs alone"}
     model.unmerge_adapter()
     assert_same_run(model, text(), expected)
 

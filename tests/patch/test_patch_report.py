@@ -15,15 +15,15 @@ def test_thirty_layers_print_as_one_line_per_kind() -> None:
     model = lora(llama("nf4"))
     report = patch(model)
     lines = str(report).splitlines()
-    assert len(report.rows) == 15
-    assert len(lines) == 2 + 8 + 1
+    assert len(report.rows) == 17
+    assert len(lines) == 2 + 9 + 1
     [line] = [line for line in lines if "up_proj" in line]
     assert line.split()[:5] == ["base_model.model.model.layers.*.mlp.up_proj", "2", "lora.Linear", "nf4", "192×64"]
     assert "lora_linear on " in line
     [line] = [line for line in lines if "lm_head" in line]
     assert "(left)" in line
     assert line.endswith("dense, no adapter")
-    assert lines[-1] == "14 modules fused, 1 left alone"
+    assert lines[-1] == "16 modules fused, 1 left alone"
 
 
 def test_rows_that_differ_are_not_grouped() -> None:
@@ -56,11 +56,11 @@ def test_data_is_json() -> None:
     model = lora(llama("bnb-nf4"), target_modules=["q_proj"], use_dora=True)
     report = patch(model)
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["counts"] == {"fused": 14, "left": 3}
+    assert data["counts"] == {"fused": 16, "left": 3}
     assert data["reasons"] == {"adapter 'default' is a DoraLinearVariant": 2, "dense, no adapter": 1}
     assert [PatchRow(**row) for row in data["rows"]] == list(report.rows)
-    assert {row.kind for row in report.fused} == {"bnb.Linear4bit"}
-    assert {row.reason for row in report.fused} == {"no adapter", "the base layer alone"}
+    assert {row.kind for row in report.fused} == {"bnb.Linear4bit", "LlamaMLP"}
+    assert {row.reason for row in report.fused} == {"no adapter", "the base layer alone", ""}
 
 
 def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
@@ -72,8 +72,8 @@ def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
 
 def test_quantized_linear_without_adapter_is_named_as_ours() -> None:
     report = patch(llama("nf4"), strict=True)
-    assert report.counts == {"fused": 14, "left": 1}
-    assert {row.kind for row in report.fused} == {"QuantizedLinear"}
+    assert report.counts == {"fused": 16, "left": 1}
+    assert {row.kind for row in report.fused} == {"QuantizedLinear", "LlamaMLP"}
 
 
 def test_a_model_without_linear_layers() -> None:
