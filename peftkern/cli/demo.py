@@ -55,13 +55,13 @@ def _print_sample(number: int, sample: Sample, console: Console) -> None:
 
 def _print_comparison(comparison: Comparison, console: Console) -> None:
     console.print("\n[bold]this run against PEFT + bitsandbytes[/] (the same weights and batch, in turn; medians)")
-    table = Table("what", "case", "unit")
-    for heading in ("peftkern", "PEFT + bitsandbytes", "ratio"):
-        table.add_column(heading, justify="right")
+    table = Table("", "peftkern", "PEFT + bitsandbytes", "unit", "ratio")
     for row in comparison.rows:
-        table.add_row(row.name, row.case, row.unit, f"{row.ours:.4g}", f"{row.peer:.4g}", f"{row.ratio:.2f}")
+        table.add_row(row.name, f"{row.ours:.4g}", f"{row.peer:.4g}", row.unit, f"{row.ratio:.2f}")
     if comparison.rows:
         console.print(table, highlight=False)
+        for row in comparison.rows:
+            console.print(f"{row.name}: {row.case}", markup=False, highlight=False)
         console.print("ratio: peer / ours for times, so more is better; ours / peer for memory, so less is better")
     for problem in comparison.problems:
         console.print(problem, markup=False, highlight=False)

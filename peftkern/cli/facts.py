@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from typing import Any
 
 import torch
 
-from peftkern import __version__, ops
+from peftkern import ops
 from peftkern.backends import cpu, registry
+from peftkern.finetune.versions import versions
 from peftkern.ops.lora_linear import Adapters
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
@@ -36,22 +36,12 @@ def gather() -> dict[str, Any]:
     choices = list(_choices())
     return {
         "usable": all(choice.backend is not None for choice in choices),
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "cpu": _cpu(),
         "gpu": _gpus(),
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "operations": [asdict(choice) for choice in choices],
     }
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"peftkern": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = None
-    return versions
 
 
 def _cpu() -> dict[str, Any]:

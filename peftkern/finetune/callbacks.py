@@ -14,6 +14,10 @@ from peftkern.finetune.progress import Reporter
 from peftkern.finetune.stopping import StopRequest
 
 
+class NothingLeftError(Exception):
+    """The checkpoint that was resumed has all the steps already."""
+
+
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Shows progress, stops on request after the step that is running, and raises when the loss is no longer finite."""
 
@@ -30,6 +34,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.steps_before = state.global_step
         self._start = time.perf_counter()
         self.reporter.expect(state.max_steps, done=state.global_step)
+        if state.global_step >= state.max_steps:
+            raise NothingLeftError  # the Trainer looks after a step whether it was the last, and would run one more
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop.made:

@@ -41,28 +41,28 @@ class Splits:
     dropped: int
 
 
-def load_splits(config: FinetuneConfig, tokenizer: Any) -> Splits:
-    """Read, encode and split the data that the settings name.
+def load_splits(config: FinetuneConfig, tokenizer: Any, max_length: int) -> Splits:
+    """Read, encode and split the data that the settings name. Examples are cut to ``max_length`` tokens.
 
     Raises:
         InputError: the data are missing, malformed, empty, or leave nothing to learn.
     """
-    encoded = _load(config, config.data, "--data", tokenizer)
+    encoded = _load(config, config.data, "--data", tokenizer, max_length)
     if config.eval_data is None:
         train, held_out = split(encoded.examples, config.held_out_share, config.max_eval_examples)
         return Splits(train, held_out, encoded.cut, encoded.dropped)
-    other = _load(config, config.eval_data, "--eval-data", tokenizer)
+    other = _load(config, config.eval_data, "--eval-data", tokenizer, max_length)
     held_out = _first_by_digest(other.examples, config.max_eval_examples)
     return Splits(encoded.examples, held_out, encoded.cut + other.cut, encoded.dropped + other.dropped)
 
 
-def _load(config: FinetuneConfig, data: str, option: str, tokenizer: Any) -> Encoded:
+def _load(config: FinetuneConfig, data: str, option: str, tokenizer: Any, max_length: int) -> Encoded:
     rows = read_rows(data, option, config.dataset_subset, config.dataset_split)
     mark = choose_marker(config, rows, tokenizer, option)
     marked = [mark(row) for row in rows]
     if is_running_text(data):
-        return _encode_running_text(marked, tokenizer, config.max_length, option)
-    return encode(marked, tokenizer, config.max_length, option)
+        return _encode_running_text(marked, tokenizer, max_length, option)
+    return encode(marked, tokenizer, max_length, option)
 
 
 def encode(marked: Sequence[MarkedText], tokenizer: Any, max_length: int, option: str = "--data") -> Encoded:

@@ -66,7 +66,18 @@ def padding_token(tokenizer: Any) -> int:
     return next(token for token in candidates if token is not None)
 
 
-def load_adapted_model(config: FinetuneConfig, source: ModelSource) -> AdaptedModel:
+def load_model_config(source: ModelSource) -> Any:
+    """The model's configuration; a quantization by bitsandbytes in it becomes a ``QuantConfig``.
+
+    Raises:
+        InputError: the model cannot be found or read.
+    """
+    from peftkern.integrations import config_from_pretrained
+
+    return _loading(lambda: config_from_pretrained(source.load_from), source)
+
+
+def load_adapted_model(config: FinetuneConfig, source: ModelSource, model_config: Any) -> AdaptedModel:
     """Load and quantize the model, attach a new LoRA adapter, and patch it.
 
     Raises:
@@ -76,23 +87,22 @@ def load_adapted_model(config: FinetuneConfig, source: ModelSource) -> AdaptedMo
     from transformers import set_seed
 
     torch.set_float32_matmul_precision(config.matmul_precision)
-    model, quantization = _load_quantized(config, source)
+    model, quantization = _load_quantized(config, source, model_config)
     model.config.use_cache = False  # of no use in training, and in the way of gradient checkpointing
     set_seed(config.seed)  # so that the adapter's initial values do not depend on what loading drew
     adapted = _attach_adapter(config, model)
     return AdaptedModel(adapted, patch(adapted), quantization)
 
 
-def _load_quantized(config: FinetuneConfig, source: ModelSource) -> tuple[Any, str]:
+def _load_quantized(config: FinetuneConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftkern.integrations import QuantConfig, config_from_pretrained
+    from peftkern.integrations import QuantConfig
 
     options: dict[str, Any] = {"dtype": _dtype(config.dtype)}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
-    model_config = _loading(lambda: config_from_pretrained(source.load_from), source)
     existing = getattr(model_config, "quantization_config", None)
     if existing is not None:
         method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from peftkern.finetune.modeling import (
     ModelSource,
     find_model,
     load_adapted_model,
+    load_model_config,
     load_tokenizer,
     padding_token,
 )
@@ -27,9 +27,10 @@ from peftkern.finetune.output import OutputFolder
 from peftkern.finetune.plot import draw_loss_curve
 from peftkern.finetune.progress import Reporter
 from peftkern.finetune.training import TrainingRecord, train
+from peftkern.finetune.versions import versions
 
 _BEFORE = "held_out_before"
-_PACKAGES = ("peftkern", "torch", "transformers", "peft")
+_PACKAGES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def start(config: FinetuneConfig, console: Console) -> Session:
 def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, started: float) -> Session:
     source = find_model(config.model, reporter.say)
     tokenizer = load_tokenizer(source)
-    splits = load_splits(config, tokenizer)
-    _describe_data(splits, config, reporter)
-    adapted = load_adapted_model(config, source)
+    model_config = load_model_config(source)
+    max_length = _longest_input(config, model_config, reporter)
+    splits = load_splits(config, tokenizer, max_length)
+    _describe_data(splits, max_length, reporter)
+    adapted = load_adapted_model(config, source, model_config)
     reporter.say(f"\n{source.name}: {adapted.quantization}; LoRA rank {config.rank} on {config.target_modules}")
     reporter.say(f"{adapted.report}\n")
     session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
@@ -138,7 +141,15 @@ def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
     return loss
 
 
-def _describe_data(splits: Splits, config: FinetuneConfig, reporter: Reporter) -> None:
+def _longest_input(config: FinetuneConfig, model_config: Any, reporter: Reporter) -> int:
+    """``--max-length``, or what the model takes if that is less."""
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None) or config.max_length
+    if positions < config.max_length:
+        reporter.say(f"data: the model takes {positions} tokens, so --max-length {config.max_length} counts as that")
+    return min(positions, config.max_length)
+
+
+def _describe_data(splits: Splits, max_length: int, reporter: Reporter) -> None:
     lengths = [len(example["input_ids"]) for example in splits.train]
     mean = sum(lengths) / len(lengths)
     reporter.say(
@@ -146,7 +157,7 @@ def _describe_data(splits: Splits, config: FinetuneConfig, reporter: Reporter) -
         f"{len(splits.held_out)} held out"
     )
     if splits.cut:
-        reporter.say(f"data: {splits.cut} examples are longer than --max-length {config.max_length} and were cut")
+        reporter.say(f"data: {splits.cut} examples are longer than {max_length} tokens and were cut")
     if splits.dropped:
         reporter.say(f"data: {splits.dropped} examples have nothing to learn within that length and were left out")
 
@@ -178,16 +189,8 @@ def summarise(session: Session, results: Results) -> dict[str, Any]:
         },
         "patch": {"counts": session.adapted.report.counts, "reasons": session.adapted.report.reasons},
         "settings": asdict(session.config),
-        "versions": {name: metadata_version(name) for name in _PACKAGES},
+        "versions": versions(_PACKAGES),
     }
-
-
-def metadata_version(package: str) -> str | None:
-    """The version of an installed package, or ``None``."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _as_data(loss: HeldOutLoss | None) -> dict[str, Any] | None:

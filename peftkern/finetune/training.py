@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,11 +80,14 @@ def train(
 
 
 def _run(trainer: Any, checkpoint: Path | None, output: OutputFolder, reporter: Reporter) -> None:
+    from peftkern.finetune.callbacks import NothingLeftError
+
     hint = "free some space; complete checkpoints are kept, and --resume continues from the last one"
     try:
         with (
             reporter.activity("training", total=trainer.args.max_steps),
             describe_write_failures("a checkpoint", output.checkpoints, hint),
+            suppress(NothingLeftError),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:

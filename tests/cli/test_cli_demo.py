@@ -115,7 +115,10 @@ def fake_step(check: Callable[[], None]) -> Callable[..., Case]:
 
 
 def fake_memory(*_arguments: Any, **_options: Any) -> list[Measurement]:
-    return [Measurement("peak", "MB", Quantity.MEMORY, [600.0], [1000.0])]
+    return [
+        Measurement(f"{case}, batch 4", "MB", Quantity.MEMORY, [600.0], [1000.0])
+        for case in (memory.PEAK, memory.AFTER_LOADING)
+    ]
 
 
 def refuse() -> None:
@@ -145,6 +148,14 @@ def test_a_comparison_that_fails_does_not_fail_the_demo(monkeypatch: pytest.Monk
     comparison = compare.compare_with_peer(tmp_path, 2, lambda _text: None)
     assert comparison.problems == ["training step: the losses differ"]
     assert [row.name for row in comparison.rows] == ["peak memory"]
+
+
+def test_a_slow_machine_leaves_memory_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compare, "setup_step", fake_step(lambda: None))
+    monkeypatch.setattr(compare, "PEER_PACKAGE", "json")
+    comparison = compare.compare_with_peer(tmp_path, 1, lambda _text: None, memory_until=0.0)
+    assert [row.name for row in comparison.rows] == ["training step"]
+    assert comparison.problems == ["peak memory: left out to save time; peftkern bench memory-smollm2 measures it"]
 
 
 def test_without_the_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ PLAIN_TOKENIZER = make_tokenizer(chat_template=None)
 
 
 def load(path: Path, tokenizer: Any = TOKENIZER, **changes: Any) -> Splits:
-    return load_splits(FinetuneConfig(model="m", data=str(path), **{"eval_fraction": 0.0, **changes}), tokenizer)
+    config = FinetuneConfig(model="m", data=str(path), **{"eval_fraction": 0.0, **changes})
+    return load_splits(config, tokenizer, config.max_length)
 
 
 def rows(tmp_path: Path, *content: dict[str, Any]) -> Path:

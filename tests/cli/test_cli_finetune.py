@@ -70,7 +70,7 @@ def test_the_adapter_is_an_ordinary_one(command: Command, model_folder: Path, pa
     assert result.exit_code == 0, result.output
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), output / "adapter")
     config = FinetuneConfig(model=str(model_folder), data=str(pairs_file))
-    splits = load_splits(config, AutoTokenizer.from_pretrained(model_folder))
+    splits = load_splits(config, AutoTokenizer.from_pretrained(model_folder), config.max_length)
     loss = held_out_loss(model, splits.held_out, PadRight(0), 4).loss
     expected = json.loads((output / "summary.json").read_text())["held_out_loss"]["after"]["loss"]
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -105,11 +105,12 @@ def test_a_yaml_file_and_every_format(command: Command, model_folder: Path, tmp_
 
 def test_running_text(command: Command, model_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "book.txt"
-    data.write_text("the answer to the question is the number of the things. " * 20)
+    data.write_text("the answer to the question is the number of the things. " * 60)
     output = tmp_path / "out"
-    options = ("--max-length", 32, "--max-steps", 2)
-    result = command("finetune", model_folder, "--data", data, "--output", output, *options)
+    result = command("finetune", model_folder, "--data", data, "--output", output, "--max-steps", 1)
     assert result.exit_code == 0, result.output
+    assert "the model takes 256 tokens, so --max-length 1024 counts as that" in result.output
+    assert "256 at most" in result.output
     assert json.loads((output / "summary.json").read_text())["examples"]["cut"] == 0
 
 
@@ -165,6 +166,24 @@ def test_an_interrupted_run_resumes_to_the_same_adapter(
     assert (whole["steps"], parts["steps"]) == (8, 4)  # the request came when step 3 was over
     for name, tensor in adapter_of(tmp_path / "whole").items():
         assert torch.equal(adapter_of(output)[name], tensor)
+
+
+def test_a_finished_run_resumes_to_more_steps_or_to_nothing(
+    command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("finetune", model_folder, "--data", pairs_file, "--output", output, "--batch-size", 8)
+    assert command(*arguments, "--max-steps", 2).exit_code == 0
+    first = adapter_of(output)
+    again = command(*arguments, "--max-steps", 2, "--resume")
+    assert again.exit_code == 0, again.output
+    assert json.loads((output / "summary.json").read_text())["steps"] == 0
+    assert all(torch.equal(adapter_of(output)[name], tensor) for name, tensor in first.items())
+    more = command(*arguments, "--max-steps", 4, "--resume")
+    assert more.exit_code == 0, more.output
+    summary = json.loads((output / "summary.json").read_text())
+    assert [entry["step"] for entry in summary["training_loss"]] == [1, 2, 3, 4]
+    assert not all(torch.equal(adapter_of(output)[name], tensor) for name, tensor in first.items())
 
 
 def test_a_second_interrupt_stops_at_once(
