@@ -75,6 +75,9 @@ void product(const std::string& isa, const ActivationsTuple& activations, int64_
              const DropoutTuple& weight_dropout, bool transposed, float alpha,
              const std::vector<LowRankTuple>& low_rank, uintptr_t bias, uintptr_t out, int out_dtype,
              int64_t out_stride, int precision, int threads) {
+  // Tensors without memory of their own (meta tensors, wrapper subclasses) have address 0.
+  if (std::get<0>(activations) == 0 || std::get<0>(weight) == 0 || out == 0)
+    throw std::invalid_argument("product: activations, weight and out must have memory on the CPU");
   const std::vector<cpu::LowRank> terms = to_low_rank(low_rank);
   cpu::Product p;
   p.activations = {pointer<void>(std::get<0>(activations)), static_cast<DType>(std::get<1>(activations)),

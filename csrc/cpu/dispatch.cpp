@@ -19,6 +19,8 @@ const Kernels* kernels();
 namespace avx512 {
 const Kernels* kernels();
 }
+#endif
+#ifdef PEFTKERN_BUILD_AVX512BF16
 namespace avx512bf16 {
 const Kernels* kernels();
 }
@@ -62,7 +64,7 @@ bool has_avx512() {
   return has_avx2() && f && dq && bw && bit(extended.ebx, 31) && saved_by_system(0xE6);
 }
 
-bool has_avx512bf16() { return has_avx512() && bit(Cpuid(7, 1).eax, 5); }
+[[maybe_unused]] bool has_avx512bf16() { return has_avx512() && bit(Cpuid(7, 1).eax, 5); }
 
 #ifdef PEFTKERN_BUILD_AVX512FP16
 bool has_avx512fp16() { return has_avx512bf16() && bit(Cpuid(7, 0).edx, 23); }
@@ -76,8 +78,10 @@ const std::vector<InstructionSet>& instruction_sets() {
 #ifdef PEFTKERN_BUILD_AVX512FP16
       {"avx512fp16", has_avx512fp16(), avx512fp16::kernels},
 #endif
-#ifdef PEFTKERN_BUILD_X86
+#ifdef PEFTKERN_BUILD_AVX512BF16
       {"avx512bf16", has_avx512bf16(), avx512bf16::kernels},
+#endif
+#ifdef PEFTKERN_BUILD_X86
       {"avx512", has_avx512(), avx512::kernels},
       {"avx2", has_avx2(), avx2::kernels},
 #endif

@@ -11,7 +11,7 @@ namespace peftkern::cpu {
 
 enum class Precision : int32_t {
   float32 = 0,   // float32 operands and sums
-  bfloat16 = 1,  // operands rounded to bfloat16, sums in float32
+  bfloat16 = 1,  // operands rounded to bfloat16 (denormals to zero), sums in float32
   float16 = 2,   // operands rounded to float16, sums in float16 over 64 terms, then in float32
 };
 
@@ -36,7 +36,7 @@ struct LowRank {
   Dropout dropout;
 };
 
-// out[t, o] = alpha * sum_f activations[t, f] * W(o, f) + low-rank terms + bias[o]
+// out[t, o] = alpha * (sum_f activations[t, f] * W(o, f) + low-rank terms) + bias[o]
 // with W(o, f) = weight[o, f], or weight[f, o] when `transposed`.
 struct Product {
   Activations activations;
@@ -95,9 +95,9 @@ struct SiluMul {
 };
 
 struct Kernels {
-  const char* name;
-  bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor; elsewhere it runs as float32
-  bool native_float16;   // likewise; elsewhere it is emulated, for tests only
+  bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor. Elsewhere the AVX-512 builds emulate
+                         // it,
+  bool native_float16;   // for tests, and the others run float32; likewise for float16.
   size_t (*product_scratch)(const Product&);  // bytes that each thread needs
   int64_t (*product_tasks)(const Product&);
   void (*product_task)(const Product&, int64_t task, void* scratch);

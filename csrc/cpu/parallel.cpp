@@ -4,6 +4,7 @@
 #include <exception>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,22 +36,29 @@ int collect_openmp(dl_phdr_info* info, size_t, void* data) {
     if (file.rfind(prefix, 0) == 0) static_cast<std::vector<std::string>*>(data)->push_back(path);
   return 0;
 }
+
+// A look-up through libtorch_cpu searches the libraries that it depends on: the one that PyTorch uses, whatever else is
+// loaded. Builds that link OpenMP otherwise are covered by the list of all loaded libraries.
+void* find_gomp_parallel() {
+  std::vector<std::string> paths = {"libtorch_cpu.so"};
+  dl_iterate_phdr(collect_openmp, &paths);
+  for (const std::string& path : paths) {
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
+    if (handle == nullptr) continue;
+    if (void* symbol = dlsym(handle, "GOMP_parallel")) return symbol;
+    dlclose(handle);
+  }
+  return nullptr;
+}
 #endif
 
 Runtime find_runtime() {
   Runtime runtime;
 #if defined(__linux__)
-  std::vector<std::string> paths;
-  dl_iterate_phdr(collect_openmp, &paths);
-  for (const std::string& path : paths) {
-    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_NOLOAD);
-    if (handle == nullptr) continue;
-    if (void* symbol = dlsym(handle, "GOMP_parallel")) {
-      runtime.parallel = reinterpret_cast<GompParallel>(symbol);
-      runtime.source = path;
-      break;
-    }
-    dlclose(handle);
+  if (void* symbol = find_gomp_parallel()) {
+    Dl_info info;
+    runtime.parallel = reinterpret_cast<GompParallel>(symbol);
+    runtime.source = dladdr(symbol, &info) != 0 && info.dli_fname != nullptr ? info.dli_fname : "GOMP_parallel";
   }
 #endif
   return runtime;
@@ -62,20 +70,18 @@ const Runtime& runtime() {
 }
 
 struct Team {
-  const std::function<void(int64_t, int)>* run;
+  const std::function<void(int64_t)>* run;
   int64_t tasks;
   std::atomic<int64_t> next_task{0};
-  std::atomic<int> next_thread{0};
   std::mutex mutex;
   std::exception_ptr failure;
 };
 
 void work(void* data) {
   Team& team = *static_cast<Team*>(data);
-  const int thread = team.next_thread.fetch_add(1);
   try {
     for (int64_t task = team.next_task.fetch_add(1); task < team.tasks; task = team.next_task.fetch_add(1))
-      (*team.run)(task, thread);
+      (*team.run)(task);
   } catch (...) {
     const std::lock_guard<std::mutex> lock(team.mutex);
     team.failure = std::current_exception();
@@ -85,19 +91,24 @@ void work(void* data) {
 
 void run_on_plain_threads(Team& team, int threads) {
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(work, &team);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that run, and this one, do all the tasks.
+  }
   work(&team);
   for (std::thread& other : others) other.join();
 }
 
 }  // namespace
 
-void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t, int)>& run) {
-  if (tasks < threads) threads = static_cast<int>(tasks);
-  if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) run(task, 0);
+void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& run) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) run(task);
     return;
   }
+  // Always the whole team, even for fewer tasks: OpenMP run-times end the threads that a smaller team leaves over, and
+  // start new ones for the next large team.
   Team team;
   team.run = &run;
   team.tasks = tasks;

@@ -39,9 +39,8 @@ template <class Work>
 void for_block_ranges(int64_t elements, int64_t block_size, int threads, const Work& work) {
   const int64_t blocks = (elements + block_size - 1) / block_size;
   const int64_t blocks_per_task = std::max<int64_t>(1, kElementsPerTask / block_size);
-  parallel_for((blocks + blocks_per_task - 1) / blocks_per_task, threads, [&](int64_t task, int) {
-    work(task * blocks_per_task, std::min(blocks, (task + 1) * blocks_per_task));
-  });
+  parallel_for((blocks + blocks_per_task - 1) / blocks_per_task, threads,
+               [&](int64_t task) { work(task * blocks_per_task, std::min(blocks, (task + 1) * blocks_per_task)); });
 }
 
 }  // namespace
@@ -69,7 +68,7 @@ void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads
 void run_product(const Kernels& kernels, const Product& p) {
   const size_t scratch = kernels.product_scratch(p);
   parallel_for(kernels.product_tasks(p), p.threads,
-               [&](int64_t task, int) { kernels.product_task(p, task, thread_scratch(scratch)); });
+               [&](int64_t task) { kernels.product_task(p, task, thread_scratch(scratch)); });
 }
 
 void advise_huge_pages(void* data, size_t bytes) {

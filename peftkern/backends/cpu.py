@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import registry
-from peftkern.formats import DoubleQuantization, QuantizedTensor, codebook
+from peftkern.formats import QuantizedTensor, codebook
 from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count, packed_shape, scales_shape
 from peftkern.ops.lora_linear import Adapters, Weight
-from peftkern.ops.quantize import SCALES_BLOCK_SIZE, dynamic_grid, four_bit_bounds
+from peftkern.ops.quantize import dynamic_grid, four_bit_bounds, quantize_scales
 
 try:
     from peftkern import _cpu as native
@@ -113,6 +113,7 @@ def product_precision(dtype: torch.dtype, isa: str) -> int:
 
 def _rows(matrix: Tensor) -> Tensor:
     """The matrix with its columns next to each other, as the kernels read it; rows may have any stride."""
+    matrix = matrix.resolve_neg()
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] == 1 else matrix.contiguous()
 
 
@@ -122,9 +123,10 @@ _HUGE_PAGES_FROM_BYTES = 4 << 20
 def _new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised result. Large ones ask for huge pages: page faults cost more than the kernels that fill them.
 
-    Dequantizing 4096 x 4096 to float32 into fresh memory: 46 ms without, 12 ms with (EPYC, 2 cores).
+    ``peftkern bench quantize`` shows what they cost the peer, which does not ask.
     """
-    result = torch.empty(shape, dtype=dtype or like.dtype)
+    # The device is named: a default device may be set, and the kernels write to this memory.
+    result = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
     if result.nbytes >= _HUGE_PAGES_FROM_BYTES:
         native.advise_huge_pages(result.data_ptr(), result.nbytes)
     return result
@@ -135,7 +137,7 @@ def _row_stride(matrix: Tensor) -> int:
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float32).contiguous()
+    return tensor.detach().to(torch.float32).resolve_neg().contiguous()
 
 
 @lru_cache(maxsize=8)
@@ -190,7 +192,7 @@ def _product(
     bias: Tensor | None = None,
     precision: int = FLOAT32,
 ) -> None:
-    """``out = alpha * activations Wᵀ + low-rank terms + bias``; W itself where ``transposed``.
+    """``out = alpha * (activations Wᵀ + low-rank terms) + bias``; W itself where ``transposed``.
 
     ``turned`` takes the activations' transpose. Strides are read off the tensors.
     """
@@ -237,8 +239,8 @@ def _quantize_blocks(values: Tensor, format: str, block_size: int) -> tuple[Tens
     """Flat codes and float32 scales of a contiguous tensor."""
     elements = values.numel()
     code_bytes = block_count(elements, 2) if format in FOUR_BIT_FORMATS else elements
-    packed = torch.empty(code_bytes, dtype=torch.int8 if format == "int8" else torch.uint8)
-    scales = torch.empty(block_count(elements, block_size), dtype=torch.float32)
+    packed = torch.empty(code_bytes, dtype=torch.int8 if format == "int8" else torch.uint8, device=values.device)
+    scales = torch.empty(block_count(elements, block_size), dtype=torch.float32, device=values.device)
     bounds, codes, grid = (_address(table) for table in _quantization_tables(format))
     native.quantize(
         chosen_isa(),
@@ -257,6 +259,10 @@ def _quantize_blocks(values: Tensor, format: str, block_size: int) -> tuple[Tens
     return packed, scales
 
 
+def _quantize_scale_blocks(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    return _quantize_blocks(values, "int8_blockwise", block_size)
+
+
 def _supports_quantize(w: Tensor, *_rest: Any) -> str | None:
     if native is None:
         return _IMPORT_ERROR
@@ -271,10 +277,7 @@ def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant:
     packed, scales = _quantize_blocks(values, format, block_size)
     nested = None
     if double_quant:
-        # The mean is PyTorch's on every backend: its last bit depends on the order of the sum.
-        offset = scales.mean() if scales.numel() > 0 else scales.new_zeros(())
-        scales, absmax = _quantize_blocks(scales - offset, "int8_blockwise", SCALES_BLOCK_SIZE)
-        nested = DoubleQuantization(absmax, offset, SCALES_BLOCK_SIZE)
+        scales, nested = quantize_scales(scales, _quantize_scale_blocks)
     return QuantizedTensor(
         packed.view(packed_shape(w.shape, format, block_size)),
         scales.view(scales_shape(w.shape, format, block_size)),

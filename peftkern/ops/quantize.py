@@ -13,7 +13,7 @@ section 3.1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -135,14 +135,17 @@ def quantize_reference(
     )
 
 
-def quantize_scales(scales: Tensor) -> tuple[Tensor, DoubleQuantization]:
+def quantize_scales(
+    scales: Tensor, quantize_blockwise: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, DoubleQuantization]:
     """Double quantization: [n] float32 scales become [n] uint8 codes, and what is needed to decode them.
 
     The offset is PyTorch's mean. Its last bit depends on the number of threads, as it does in bitsandbytes; backends
-    share this sum, so that they agree.
+    share this sum, so that they agree, and bring their own ``quantize_blockwise``: (values, block size) to codes and
+    absmax.
     """
     offset = scales.mean() if scales.numel() > 0 else scales.new_zeros(())
-    codes, absmax = _quantize_blockwise(scales - offset, SCALES_BLOCK_SIZE)
+    codes, absmax = (quantize_blockwise or _quantize_blockwise)(scales - offset, SCALES_BLOCK_SIZE)
     return codes, DoubleQuantization(absmax, offset, SCALES_BLOCK_SIZE)
 
 

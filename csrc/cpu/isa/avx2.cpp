@@ -4,7 +4,6 @@
 
 #include "cpu/kernels.h"
 
-#define PEFTKERN_ISA_NAME "avx2"
 #define PEFTKERN_VECTOR_DECODE
 namespace peftkern::cpu::avx2 {
 #include "cpu/isa/simd_avx2.h"

@@ -4,7 +4,6 @@
 
 #include "cpu/kernels.h"
 
-#define PEFTKERN_ISA_NAME "avx512"
 #define PEFTKERN_VECTOR_DECODE
 #define PEFTKERN_VECTOR_FORMS
 namespace peftkern::cpu::avx512 {

@@ -2,8 +2,6 @@
 
 #include "cpu/kernels.h"
 
-#define PEFTKERN_ISA_NAME "generic"
-
 namespace peftkern::cpu::generic {
 #include "cpu/isa/simd_generic.h"
 //

@@ -3,11 +3,11 @@
 #pragma once
 #include "cpu/isa/tiles.inl.h"
 //
+#include "cpu/isa/convert.inl.h"
+//
 #include "cpu/isa/panels.inl.h"
 //
 #include "cpu/isa/product.inl.h"
-//
-#include "cpu/isa/convert.inl.h"
 //
 #include "cpu/isa/quantize.inl.h"
 //
@@ -15,8 +15,9 @@
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      PEFTKERN_ISA_NAME, kNativeBfloat16, kNativeFloat16,    product_scratch,   product_tasks,
-      product_task,      quantize_blocks, dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
+      kNativeBfloat16,   kNativeFloat16,    product_scratch,
+      product_tasks,     product_task,      quantize_blocks,
+      dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
   };
   return &table;
 }

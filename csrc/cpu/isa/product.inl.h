@@ -7,16 +7,17 @@
 // Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of threads.
 #pragma once
 
-constexpr int64_t kFeatureBlock = 256;     // 256 x 32 floats: a panel of 32 KB
-constexpr int64_t kPanelsPerTask = 16;     // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
-constexpr int64_t kFewFeatureBlock = 128;  // one tile of tokens, weight reduced along columns: 16 KB, one panel
-constexpr int64_t kFewRowBlock = 32;       // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
-                                           // so that a row is decoded in one sweep over its cache lines
+constexpr int64_t kFeatureBlock = 256;       // 256 x 32 floats: a panel of 32 KB
+constexpr int64_t kPanelsPerTask = 16;       // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
+constexpr int64_t kFewFeatureBlock = 128;    // one tile of tokens, weight reduced along columns: 16 KB, one panel
+constexpr int64_t kFewRowBlock = 32;         // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
+                                             // so that a row is decoded in one sweep over its cache lines
+constexpr int64_t kLongestPacked = 1 << 15;  // terms of one tile that are packed at once: 2 MB of scratch
 constexpr int64_t kTokenBlock = 2048;   // bounds the scratch for 16-bit outputs; the weight is decoded once per block
 constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up to lose little
 // A task packs its activations and decodes its part of the weight for itself, so it should be large in both. Where a
-// narrow weight meets many tokens, splitting the tokens costs less: decoding a weight again for 128 tokens is 4% of
-// the arithmetic, packing an activation again for 64 outputs is 15%.
+// narrow weight meets many tokens, splitting the tokens costs less: decoding is cheap beside 128 tokens of arithmetic,
+// packing an activation is not beside 64 outputs.
 constexpr int64_t kTokensPerTask = 128;
 
 struct Schedule {
@@ -28,7 +29,7 @@ struct Schedule {
   int64_t output_tasks;
   int64_t token_tasks;
   int64_t tokens_per_task;
-  bool one_tile;  // every token of the product fits into one tile
+  bool one_tile;  // every token of the product fits into one tile, and every term into the scratch
 };
 
 static Precision available_form(const Product& p) {
@@ -38,6 +39,12 @@ static Precision available_form(const Product& p) {
   (void)p;
   return Precision::float32;
 #endif
+}
+
+static int64_t longest_reduction(const Product& p) {
+  int64_t longest = product_features(p);
+  for (int64_t i = 0; i < p.low_rank_count; ++i) longest = maximum(longest, p.low_rank[i].rank);
+  return longest;
 }
 
 static Schedule make_schedule(const Product& p) {
@@ -66,7 +73,7 @@ static Schedule make_schedule(const Product& p) {
     s.token_tasks = maximum(1, minimum(divide_up(p.threads, s.output_tasks), p.tokens / s.tile_rows));
   s.tokens_per_task = divide_up(p.tokens, s.token_tasks);
   s.token_tasks = divide_up(p.tokens, s.tokens_per_task);
-  s.one_tile = p.tokens <= s.tile_rows;
+  s.one_tile = p.tokens <= s.tile_rows && longest_reduction(p) <= kLongestPacked;
   return s;
 }
 
@@ -90,71 +97,74 @@ static Tile find_tile(Precision form, int rows, int64_t width) {
 
 struct Scratch {
   void* panels;
-  float* staged;      // activations of one tile as floats, [row][feature]
-  void* activations;  // the same in the order of the tile, [feature][row]; one block, or all where one_tile
-  float* row_scales;  // float16 form: of the rows, for each block of features
-  float* corner;      // a tile that does not fit into the output
-  float* sums;        // output block of a 16-bit output
+  float* panel_scales;  // float16 form
+  float* staged;        // activations of one tile as floats, [row][feature]
+  void* activations;    // the same in the order of the tile, [feature][row]; one block, or all where one_tile
+  float* row_scales;    // float16 form: of the rows, for each block of features
+  float* corner;        // a tile that does not fit into the output
+  float* sums;          // output block of a 16-bit output
 };
 
 static inline int64_t staged_stride() { return kFeatureBlock + kLanes; }
 
-static int64_t longest_reduction(const Product& p) {
-  int64_t longest = product_features(p);
-  for (int64_t i = 0; i < p.low_rank_count; ++i) longest = maximum(longest, p.low_rank[i].rank);
-  return longest;
-}
-
-static size_t carve(const Product& p, const Schedule& s, uint8_t* memory, Scratch* scratch) {
-  size_t used = 0;
+// Lays the parts out from `memory` on, and returns their size; with a null `memory` it only adds up.
+static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* scratch) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  uintptr_t next = begin;
   const auto take = [&](int64_t bytes) {
-    uint8_t* here = memory + used;
-    used += static_cast<size_t>(divide_up(bytes, 64) * 64);
+    void* here = reinterpret_cast<void*>(next);
+    next += static_cast<uintptr_t>(divide_up(bytes, 64) * 64);
     return here;
   };
   const int64_t rows = 16;
-  Scratch parts;
-  parts.panels = take(s.panels_per_task * s.width * kFeatureBlock * 4);
-  parts.staged = reinterpret_cast<float*>(take(rows * staged_stride() * 4));
   const int64_t packed = s.one_tile ? longest_reduction(p) : kFeatureBlock;
-  parts.activations = take((packed + kFeatureBlock) * rows * 4);
-  parts.row_scales = reinterpret_cast<float*>(take((packed / kFewRowBlock + 1) * rows * 4));
-  parts.corner = reinterpret_cast<float*>(take(rows * s.width * 4));
   const bool buffered = p.out_dtype != DType::float32;
   const int64_t tokens = minimum(s.tokens_per_task, kTokenBlock);
-  parts.sums = reinterpret_cast<float*>(take(buffered ? tokens * s.panels_per_task * s.width * 4 : 0));
-  if (scratch != nullptr) *scratch = parts;
-  return used;
+  scratch->panels = take(s.panels_per_task * s.width * kFeatureBlock * 4);
+  scratch->panel_scales = static_cast<float*>(take(s.panels_per_task * 4));
+  scratch->staged = static_cast<float*>(take(rows * staged_stride() * 4));
+  scratch->activations = take((packed + kFeatureBlock) * rows * 4);
+  scratch->row_scales = static_cast<float*>(take((packed / kFewRowBlock + 1) * rows * 4));
+  scratch->corner = static_cast<float*>(take(rows * s.width * 4));
+  scratch->sums = static_cast<float*>(take(buffered ? tokens * s.panels_per_task * s.width * 4 : 0));
+  return next - begin;
 }
 
 // ---- activations
 
 static void stage_row(const Activations& a, int64_t token, int64_t k0, int64_t steps, float* staged) {
   const int64_t begin = token * a.token_stride + k0 * a.feature_stride;
-  if (a.feature_stride == 1 && a.dtype == DType::float32) {
-    std::memcpy(staged, static_cast<const float*>(a.data) + begin, static_cast<size_t>(steps) * sizeof(float));
-  } else if (a.feature_stride == 1 && a.dtype == DType::bfloat16) {
-    const uint16_t* source = static_cast<const uint16_t*>(a.data) + begin;
-    for (int64_t i = 0; i < steps; ++i) staged[i] = bfloat16_to_float(source[i]);
-  } else {
+  if (a.feature_stride == 1)
+    read_floats(a.data, a.dtype, begin, steps, staged);
+  else
     for (int64_t i = 0; i < steps; ++i) staged[i] = load_float(a.data, a.dtype, begin + i * a.feature_stride);
-  }
   if (dropout_active(a.dropout)) apply_dropout(staged, steps, a.dropout, token, k0);
 }
 
 #ifdef PEFTKERN_VECTOR_FORMS
-// A power of two that brings the row's largest element to [256, 512): 64 products with values below 1 then stay within
-// float16, and small elements keep their precision. Returns 1 for a row of zeros or with infinities.
+// 2^n for a power of two that is clamped to what a float holds.
+static float power_of_two(int32_t n) {
+  const int32_t exponent = n < -126 ? -126 : n > 127 ? 127 : n;
+  return bits_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// A power of two that brings the largest finite magnitude to [2^(n-1), 2^n); 1 where all are zero or denormal.
+static float half_scale(float largest, int32_t n) {
+  const int32_t exponent = static_cast<int32_t>(float_bits(largest) >> 23);
+  return exponent == 0 ? 1.0f : power_of_two(n - 1 - (exponent - 127));
+}
+
+static float larger_finite(float largest, float value) {
+  const uint32_t magnitude = float_bits(value) & 0x7FFFFFFFu;
+  return magnitude < 0x7F800000u && magnitude > float_bits(largest) ? bits_float(magnitude) : largest;
+}
+
+// Rows are brought below 512: 64 products with values below 1 then stay within float16, and small elements keep their
+// precision.
 static float half_row_scale(const float* row, int64_t steps) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < steps; ++i) {
-    const uint32_t magnitude = float_bits(row[i]) & 0x7FFFFFFFu;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const int32_t exponent = static_cast<int32_t>(largest >> 23);
-  if (exponent == 0 || exponent == 255) return 1.0f;
-  const int32_t wanted = 127 + 8 - (exponent - 127);
-  return bits_float(static_cast<uint32_t>(wanted > 254 ? 254 : wanted < 1 ? 1 : wanted) << 23);
+  float largest = 0.0f;
+  for (int64_t i = 0; i < steps; ++i) largest = larger_finite(largest, row[i]);
+  return half_scale(largest, 9);
 }
 #endif
 
@@ -264,12 +274,12 @@ static void multiply_tile(const void* packed, const float* row_scales, const Pan
   arguments.activations = packed;
   arguments.steps = tile_steps(form, panels.steps);
   arguments.row_scales = row_scales;
-  arguments.panel_scale = 1.0f / panels.scale;
   for (int64_t panel = 0; panel < panels.count; ++panel) {
     const int64_t column = panels.column + panel * panels.width;
     const int64_t columns = minimum(panels.width, block.outputs - column);
     const bool direct = columns == panels.width && mask == nullptr;
     arguments.panel = panel_at(panels, form, panel);
+    arguments.panel_scale = form == Precision::float16 ? 1.0f / panels.scales[panel] : 1.0f;
     arguments.out = direct ? block.sums + row0 * block.stride + column : scratch.corner;
     arguments.out_stride = direct ? block.stride : panels.width;
     arguments.accumulate = direct && accumulate;
@@ -284,7 +294,8 @@ static void multiply_tile(const void* packed, const float* row_scales, const Pan
 }
 
 #ifdef PEFTKERN_VECTOR_FORMS
-// float16 form: a power of two that brings the largest scale of the task's part of the weight to [0.5, 1).
+// float16 form: brings the largest scale of a panel below 1. Outputs of one panel share it: those that are more than
+// 2^14 times smaller than their largest neighbour lose precision.
 static float half_panel_scale(const Weight& weight, bool transposed, int64_t output0, int64_t outputs, int64_t k0,
                               int64_t steps) {
   const int64_t row0 = transposed ? k0 : output0, rows = transposed ? steps : outputs;
@@ -293,23 +304,18 @@ static float half_panel_scale(const Weight& weight, bool transposed, int64_t out
   for (int64_t row = row0; row < row0 + rows; ++row) {
     int64_t fetched = -1;
     for (int64_t column = column0; column < column0 + columns; ++column) {
-      float magnitude;
-      if (weight_quantized(weight)) {
-        const int64_t index = weight_block(weight, row, column);
-        if (index == fetched) continue;
-        fetched = index;
-        magnitude = weight_scale(weight, index) * (weight.encoding == Encoding::int8 ? 128.0f : 1.0f);
-      } else {
-        magnitude = weight_value(weight, row, column);
+      if (!weight_quantized(weight)) {
+        largest = larger_finite(largest, weight_value(weight, row, column));
+        continue;
       }
-      magnitude = magnitude < 0.0f ? -magnitude : magnitude;
-      largest = magnitude > largest ? magnitude : largest;
+      const int64_t block = weight_block(weight, row, column);
+      if (block == fetched) continue;
+      fetched = block;
+      largest =
+          larger_finite(largest, weight_scale(weight, block) * (weight.encoding == Encoding::int8 ? 128.0f : 1.0f));
     }
   }
-  const int32_t exponent = static_cast<int32_t>(float_bits(largest) >> 23);
-  if (exponent == 0 || exponent >= 254) return 1.0f;
-  const int32_t wanted = 127 - 1 - (exponent - 127);
-  return bits_float(static_cast<uint32_t>(wanted > 254 ? 254 : wanted < 1 ? 1 : wanted) << 23);
+  return half_scale(largest, 0);
 }
 #endif
 
@@ -345,10 +351,14 @@ static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block
   panels.count = divide_up(columns, pair.width);
   panels.steps = steps;
   panels.allocated = divide_up(steps, 2) * 2;
-  panels.scale = 1.0f;
+  panels.scales = scratch.panel_scales;
 #ifdef PEFTKERN_VECTOR_FORMS
   if (pair.form == Precision::float16)
-    panels.scale = half_panel_scale(pair.weight, pair.transposed, block.output0 + column, columns, k0, steps);
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t first = panel * panels.width;
+      scratch.panel_scales[panel] = half_panel_scale(pair.weight, pair.transposed, block.output0 + column + first,
+                                                     minimum(panels.width, columns - first), k0, steps);
+    }
 #endif
   decode_form(pair.weight, pair.transposed, block.output0 + column, k0, pair.form, panels);
   if (dropout_active(pair.weight_dropout)) drop_panels(pair.weight_dropout, block.output0 + column, k0, panels);
@@ -427,18 +437,8 @@ static void finish(const Product& p, const Block& block) {
       for (int64_t i = 0; i < block.outputs; ++i) sums[i] *= p.alpha;
     if (p.bias != nullptr)
       for (int64_t i = 0; i < block.outputs; ++i) sums[i] += p.bias[block.output0 + i];
-    const int64_t position = (block.token0 + row) * p.out_stride + block.output0;
-    if (p.out_dtype == DType::bfloat16) {
-      uint16_t* out = static_cast<uint16_t*>(p.out) + position;
-      for (int64_t i = 0; i < block.outputs; ++i) out[i] = float_to_bfloat16(sums[i]);
-    } else if (p.out_dtype == DType::float16) {
-      uint16_t* out = static_cast<uint16_t*>(p.out) + position;
-      int64_t i = 0;
-#ifdef PEFTKERN_VECTOR_DECODE
-      for (; i + kLanes <= block.outputs; i += kLanes) store_halves(out + i, load(sums + i));
-#endif
-      for (; i < block.outputs; ++i) out[i] = float_to_float16(sums[i]);
-    }
+    if (buffered)
+      write_floats(p.out, p.out_dtype, (block.token0 + row) * p.out_stride + block.output0, block.outputs, sums);
   }
 }
 
@@ -447,12 +447,15 @@ static int64_t product_tasks(const Product& p) {
   return s.output_tasks * s.token_tasks;
 }
 
-static size_t product_scratch(const Product& p) { return carve(p, make_schedule(p), nullptr, nullptr); }
+static size_t product_scratch(const Product& p) {
+  Scratch unused;
+  return carve(p, make_schedule(p), nullptr, &unused);
+}
 
 static void product_task(const Product& p, int64_t task, void* memory) {
   const Schedule s = make_schedule(p);
   Scratch scratch;
-  carve(p, s, static_cast<uint8_t*>(memory), &scratch);
+  carve(p, s, memory, &scratch);
   Block block;
   block.output0 = task % s.output_tasks * s.panels_per_task * s.width;
   block.outputs = minimum(s.panels_per_task * s.width, product_outputs(p) - block.output0);

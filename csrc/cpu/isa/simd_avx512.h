@@ -93,23 +93,34 @@ static inline void transpose(Int r[16]) {
 
 // ---- bfloat16: a lane holds two consecutive terms, the first in the low half
 
-// Two vectors of terms to pairs, rounded to nearest even. Written out so that every AVX-512 build can pack pairs.
-static inline Int round_to_bfloat16(Float v) {  // the result is in the high half of each lane
+// Rounded to nearest even, in the high half of each lane; the low half is undefined. NaN stays NaN: rounding its bits
+// like a number's could carry into the sign.
+static inline Int round_to_bfloat16(Float v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
 }
-static inline Int pair_bfloat16(Float first, Float second) {
-  const __m512i low = _mm512_srli_epi32(round_to_bfloat16(first), 16);
-  return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, round_to_bfloat16(second));
-}
+
 #ifdef __AVX512BF16__
 constexpr bool kNativeBfloat16 = true;
+static inline Int pair_bfloat16(Float first, Float second) {
+  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  return _mm512_permutexvar_epi16(load_int(kInterleave), halves);
+}
 static inline Float dot_bfloat16(Int a, Int b, Float sum) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
 #else
 constexpr bool kNativeBfloat16 = false;
+static inline Int pair_bfloat16(Float first, Float second) {
+  const __m512i low = _mm512_srli_epi32(round_to_bfloat16(first), 16);
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, round_to_bfloat16(second));
+}
 // Emulated, for tests of the bfloat16 form on processors without the instruction.
 static inline Float dot_bfloat16(Int a, Int b, Float sum) {
   sum = fma(as_float(shift_left<16>(a)), as_float(shift_left<16>(b)), sum);
@@ -119,16 +130,15 @@ static inline Float dot_bfloat16(Int a, Int b, Float sum) {
 
 // Rounded to nearest even; NaN stays NaN.
 static inline void store_bfloat16(uint16_t* p, Float v) {
-  const __m512i quiet = _mm512_or_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x00400000));
-  const __m512i bits = _mm512_mask_mov_epi32(round_to_bfloat16(v), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  const __m512i words = _mm512_srli_epi32(round_to_bfloat16(v), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
 
 // Past the caches; `p` is a multiple of 64 bytes.
 static inline void stream(float* p, Float v) { _mm512_stream_ps(p, v); }
 static inline void finish_streaming() { _mm_sfence(); }
 
-// ---- float16: 32 terms of 32 outputs in a vector
+// ---- float16: one term of 32 outputs in a vector
 
 constexpr int kHalfLanes = 32;
 constexpr int kHalfTileRows = 12;  // 12 x 2 accumulators, 2 columns of the panel, 1 broadcast
