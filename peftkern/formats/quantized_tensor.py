@@ -159,6 +159,11 @@ class QuantizedTensor:
     def _validate_int8_options(self) -> None:
         if len(self.shape) != 2:
             raise ValueError(f"QuantizedTensor: shape must be [out, in] for int8, got {list(self.shape)}")
+        if self.shape[1] == 0:
+            raise ValueError(
+                f"QuantizedTensor: shape must have at least one column for int8, which has one scale per row; "
+                f"got {list(self.shape)}"
+            )
         if self.block_size != self.shape[1]:
             raise ValueError(
                 f"QuantizedTensor: block_size must be the length of a row, {self.shape[1]}, for int8; "
@@ -171,6 +176,8 @@ class QuantizedTensor:
         for name, tensor in self._tensors().items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"QuantizedTensor: {name} must be a tensor, got {type(tensor).__name__}")
+            if tensor.layout != torch.strided:
+                raise ValueError(f"QuantizedTensor: {name} must be dense, got {tensor.layout}")
             if tensor.device != self.packed.device:
                 devices = f"{name} is on {tensor.device} and packed on {self.packed.device}"
                 raise ValueError(f"QuantizedTensor: {devices}; move one of them")

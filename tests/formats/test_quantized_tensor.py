@@ -19,6 +19,7 @@ from peftkern.formats import (
     packed_shape,
     scales_shape,
 )
+from peftkern.formats.bitsandbytes import read_weight
 
 DOUBLE_QUANTIZABLE = sorted(FORMATS - {"int8"})
 
@@ -163,6 +164,8 @@ CORRUPTIONS: list[tuple[str, Any]] = [
     ("scales", lambda q: replace(q, scales=q.scales.half())),
     ("scales", lambda q: replace(q, scales=None)),
     ("scales", lambda q: replace(q, scales=q.scales.to("meta"))),
+    ("scales", lambda q: replace(q, scales=q.scales.to_sparse())),
+    ("packed", lambda q: replace(q, packed=q.packed.to_sparse())),
 ]
 NESTED_CORRUPTIONS: list[tuple[str, Any]] = [
     ("scales", lambda q: replace(q, double_quantization=None)),
@@ -211,6 +214,7 @@ def test_corrupt_double_quantization_is_named(corruption: tuple[str, Any], shape
     [
         ("block_size", {"block_size": 64}),
         ("shape", {"shape": torch.Size((6, 2, 64))}),
+        ("shape", {"shape": torch.Size((6, 0)), "block_size": 0, "packed": torch.zeros(6, 0, dtype=torch.int8)}),
         ("packed", {"packed": torch.zeros(6, 128, dtype=torch.uint8)}),
         ("scales", {"scales": torch.ones(6, 1)}),
         ("double_quantization", {"double_quantization": DoubleQuantization(torch.ones(1), torch.ones(()))}),
@@ -219,6 +223,12 @@ def test_corrupt_double_quantization_is_named(corruption: tuple[str, Any], shape
 def test_corrupt_int8_is_named(field: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"QuantizedTensor: {field}"):
         replace(_quantized("int8"), **changes).validate()
+
+
+def test_int8_without_columns_is_not_read_from_a_checkpoint() -> None:
+    codes, companions = torch.zeros(6, 0, dtype=torch.int8), {"SCB": torch.ones(6)}
+    with pytest.raises(ValueError, match=r"^layer\.weight: QuantizedTensor: shape must have at least one column"):
+        read_weight(codes, companions, "layer.weight", torch.float32)
 
 
 _sizes = st.lists(st.sampled_from([0, 1, 2, 3, 32, 64, 65, 128]), max_size=3)
