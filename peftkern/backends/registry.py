@@ -7,6 +7,7 @@ the order of :data:`PREFERENCE`, whose predicate has no objection runs. Nothing 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class Choice:
 
 
 _TABLE: dict[str, dict[str, Implementation]] = {}
+_arguments_needed: dict[str, int] = {}
+"""How many arguments of each operation the predicates look at."""
 _reported: set[tuple[str, str]] = set()
 
 
@@ -74,9 +77,17 @@ def register(
         if backend in entries:
             raise ValueError(f"register: {operation!r} already has an implementation for backend {backend!r}")
         entries[backend] = Implementation(operation, backend, function, supports)
+        needed = _required_parameters(supports)
+        _arguments_needed[operation] = max(needed, _arguments_needed.get(operation, 0))
         return function
 
     return enter
+
+
+def _required_parameters(function: Callable[..., Any]) -> int:
+    parameters = inspect.signature(function).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in named and p.default is inspect.Parameter.empty for p in parameters)
 
 
 def _load_backends() -> None:
@@ -97,6 +108,15 @@ def forced_backend() -> str | None:
     return name
 
 
+def _too_few_arguments(operation: str, entries: dict[str, Implementation], got: int) -> TypeError:
+    names = list(inspect.signature(entries["reference"].function).parameters)
+    needed = ", ".join(names[: _arguments_needed[operation]])
+    return TypeError(
+        f"{operation} takes ({', '.join(names)}), and its backend depends on {needed}; got {got} "
+        f"argument{'' if got == 1 else 's'}"
+    )
+
+
 def operations() -> list[str]:
     """Names of all registered operations."""
     _load_backends()
@@ -112,13 +132,16 @@ def choose(operation: str, *args: Any, backend: str | None = None, **kwargs: Any
 
     Raises:
         ValueError: no such operation.
-        BackendError: a forced backend cannot run the call.
+        TypeError: too few arguments to decide.
+        BackendError: ``backend`` is no backend's name, or a forced backend cannot run the call.
     """
     _load_backends()
     if operation not in _TABLE:
         raise ValueError(f"operation must be one of {sorted(_TABLE)}, got {operation!r}")
     entries = _TABLE[operation]
-    forced = backend or forced_backend()
+    if len(args) + len(kwargs) < _arguments_needed[operation]:
+        raise _too_few_arguments(operation, entries, len(args) + len(kwargs))
+    forced = forced_backend() if backend is None else backend
     if forced is not None:
         return _choose_forced(operation, entries, forced, args, kwargs)
     objections: list[str] = []
@@ -135,6 +158,8 @@ def choose(operation: str, *args: Any, backend: str | None = None, **kwargs: Any
 def _choose_forced(
     operation: str, entries: dict[str, Implementation], forced: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Choice:
+    if forced not in PREFERENCE:
+        raise BackendError(f"{operation}: backend must be one of {', '.join(PREFERENCE)}; got {forced!r}")
     if forced not in entries:
         raise BackendError(f"{operation}: backend {forced!r} has no implementation; there are {sorted(entries)}")
     objection = entries[forced].supports(*args, **kwargs)

@@ -133,6 +133,7 @@ def _operator(
         nested = DoubleQuantization(scales_absmax, scales_offset, scales_block_size)
     value_dtype = dtype if dtype in VALUE_DTYPES else torch.float32
     q = QuantizedTensor(packed, scales, format, torch.Size(shape), value_dtype, block_size, nested)
+    q.validate()
     result: Tensor = registry.run("dequantize", q, dtype, backend=backend)
     return result
 

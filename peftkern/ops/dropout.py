@@ -19,7 +19,7 @@ _MASK_32 = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def draw_seed(device: torch.device) -> Tensor:
+def draw_seed() -> Tensor:
     """A fresh seed: int64 scalar on the CPU, from PyTorch's default generator.
 
     Taking it from the default generator makes runs follow `torch.manual_seed`, and makes gradient checkpointing, which

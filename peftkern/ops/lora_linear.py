@@ -20,12 +20,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from peftkern.backends import registry
 from peftkern.formats import DoubleQuantization, QuantizedTensor
 from peftkern.ops import dropout
 from peftkern.ops.dequantize import dequantize_reference
+
+try:  # private; without it every call takes the operator, which is right at any time, only slower
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+except ImportError:
+    _get_current_dispatch_mode = None  # type: ignore[assignment]
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Weight = Tensor | QuantizedTensor
@@ -75,7 +79,7 @@ def lora_linear(
     Args:
         x: [..., in], float64, float32, bfloat16 or float16; any strides, any number of tokens, 0 included.
         weight: [out, in], a floating-point tensor that asks for no gradient, or a ``QuantizedTensor``.
-        lora_A: [r, in] of any floating-point dtype, or one per active adapter. ``None``: no adapter.
+        lora_A: [r, in] of any floating-point dtype, r at least 1, or one per active adapter. ``None``: no adapter.
         lora_B: [out, r], or one per active adapter.
         scaling: lora_alpha / r, or one per adapter.
         bias: [out], or ``None``.
@@ -87,8 +91,9 @@ def lora_linear(
         [..., out] in the dtype of x, or in autocast's dtype under autocast.
 
     Raises:
-        ValueError: shapes, devices or lengths do not fit, ``dropout_p`` is outside [0, 1], the weight asks for a
-            gradient, or a field of a quantized weight does not fit the others.
+        ValueError: shapes, devices or lengths do not fit, a tensor is sparse, ``dropout_p`` is outside [0, 1], the
+            weight asks for a gradient, or a field of a quantized weight does not fit the others.
+        RuntimeError: in the backward pass, if the weight was modified in place after the forward pass.
         TypeError: an argument has the wrong type or dtype.
         BackendError: a forced backend cannot run the call.
     """
@@ -98,9 +103,9 @@ def lora_linear(
     # the meta device has no autocast, and asking for it raises
     if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device_type):
         x = x.to(torch.get_autocast_dtype(device_type))
-    seed = dropout.draw_seed(x.device) if any(adapters.dropout_p) else None
+    seed = dropout.draw_seed() if any(adapters.dropout_p) else None
     lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
-    if is_plain_eager(x):
+    if is_plain_eager((x, *_weight_tensors(weight), *lists[0], *lists[1]), bias):
         return _apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
     y: Tensor
     y, _ = torch.ops.peftkern.lora_linear(x, *_flatten_weight(weight), *lists, seed, bias, backend)
@@ -110,8 +115,13 @@ def lora_linear(
 # ---- checks
 
 
+def _is_list(value: Any) -> bool:
+    # lists and tuples first: asking the abstract class takes longer
+    return isinstance(value, (list, tuple, Sequence, torch.nn.ParameterList))
+
+
 def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    return list(value) if _is_list(value) else [value]
 
 
 def _check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout_p: Any) -> Adapters:
@@ -123,7 +133,7 @@ def _check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout_p: Any) -> A
     lists = {"lora_A": _as_list(lora_A), "lora_B": _as_list(lora_B)}
     count = len(lists["lora_A"])
     for name, value in (("scaling", scaling), ("dropout_p", dropout_p)):
-        lists[name] = list(value) if isinstance(value, (list, tuple)) else [value] * count
+        lists[name] = list(value) if _is_list(value) else [value] * count
     for name, values in lists.items():
         if len(values) != count:
             raise ValueError(f"lora_linear: {name} must have one entry per adapter, {count}; got {len(values)}")
@@ -139,6 +149,8 @@ def _check_tensor(name: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"lora_linear: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"lora_linear: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise ValueError(f"lora_linear: {name} must be dense, got {value.layout}; use {name}.to_dense()")
     if value.device != device:
         raise ValueError(f"lora_linear: {name} is on {value.device} and x on {device}; move one of them")
 
@@ -172,18 +184,47 @@ def _check(x: Any, weight: Any, adapters: Adapters, bias: Any) -> None:
     out_features, in_features = weight.shape
     if x.dim() == 0 or x.shape[-1] != in_features:
         raise ValueError(f"lora_linear: x must be [..., in] with in = {in_features} as in weight, got {list(x.shape)}")
-    for lora_A, lora_B in zip(adapters.lora_A, adapters.lora_B, strict=True):
-        _check_tensor("lora_A", lora_A, x.device)
-        _check_tensor("lora_B", lora_B, x.device)
-        if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
-            raise ValueError(f"lora_linear: lora_A must be [r, in] with in = {in_features}, got {list(lora_A.shape)}")
-        _check_shape("lora_B", lora_B, (out_features, lora_A.shape[0]), "[out, r]")
+    _check_factors(adapters, out_features, in_features, x.device)
     if bias is not None:
         _check_tensor("bias", bias, x.device)
         _check_shape("bias", bias, (out_features,), "[out]")
 
 
+def _check_factors(adapters: Adapters, out_features: int, in_features: int, device: torch.device) -> None:
+    for lora_A, lora_B in zip(adapters.lora_A, adapters.lora_B, strict=True):
+        _check_tensor("lora_A", lora_A, device)
+        _check_tensor("lora_B", lora_B, device)
+        if lora_A.dim() != 2 or lora_A.shape[1] != in_features:
+            raise ValueError(f"lora_linear: lora_A must be [r, in] with in = {in_features}, got {list(lora_A.shape)}")
+        if lora_A.shape[0] == 0:
+            raise ValueError("lora_linear: lora_A must be [r, in] with r >= 1, got r = 0; leave an empty adapter out")
+        _check_shape("lora_B", lora_B, (out_features, lora_A.shape[0]), "[out, r]")
+
+
+def _check_backward(grad: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, h: Tensor) -> None:
+    """What a raw call of the backward operator can get wrong; autograd's own calls pass."""
+    _check_tensor("grad", grad, grad.device)
+    _check_weight(weight, grad.device)
+    out_features, in_features = weight.shape
+    _check_factors(adapters, out_features, in_features, grad.device)
+    _check_shape("grad", grad, (*grad.shape[:-1], out_features), "[..., out]")
+    _check_tensor("h", h, grad.device)
+    _check_shape("h", h, (_tokens(grad), sum(a.shape[0] for a in adapters.lora_A)), "[tokens, Σr]")
+    if x is not None:
+        _check_tensor("x", x, grad.device)
+        _check_shape("x", x, (*grad.shape[:-1], in_features), "[..., in]")
+
+
 # ---- the weight as operator arguments
+
+
+def _weight_tensors(weight: Weight) -> tuple[Tensor, ...]:
+    if isinstance(weight, Tensor):
+        return (weight,)
+    nested = weight.double_quantization
+    if nested is None:
+        return weight.packed, weight.scales
+    return weight.packed, weight.scales, nested.absmax, nested.offset
 
 
 def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
@@ -205,6 +246,7 @@ def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
 def _unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
     packed, scales, scales_absmax, scales_offset, format, block_size, scales_block_size, *shape = arguments
     if format == _DENSE:
+        _check_shape("weight", packed, tuple(shape), "[out_features, in_features]")
         return cast(Tensor, packed)
     nested = None
     if scales_absmax is not None:
@@ -234,7 +276,7 @@ def _dropped(x: Tensor, adapters: Adapters, index: int) -> Tensor:
         return x
     assert adapters.seed is not None
     keep = dropout.keep_mask(adapters.seed, index, x.shape[0], x.shape[1], p, x.device)
-    return torch.where(keep, x * dropout.keep_scale(p), 0.0)
+    return x * keep * dropout.keep_scale(p)  # a product, as nn.Dropout: what is not finite must not vanish
 
 
 @registry.register("lora_linear", "reference")
@@ -291,24 +333,42 @@ def lora_linear_backward_reference(
 # ---- eager calls
 
 
-def is_plain_eager(x: Tensor) -> bool:
-    """Whether nothing watches operators: no compiler, no tracing mode, no tensor subclass.
+_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 
-    Then the autograd function below replaces the operator, whose passage through torch.library takes 0.5 ms for a
-    forward and backward pass, as long as a small layer itself.
+
+def is_plain_eager(tensors: Sequence[Tensor], optional: Tensor | None = None) -> bool:
+    """Whether nothing watches operators, no compiler and no tracing mode, and every tensor is what its memory says.
+
+    Then an autograd function replaces the operator, whose passage through torch.library takes 0.5 ms for a forward and
+    backward pass, as long as a small layer itself. Tensor subclasses and lazily negated tensors need that passage.
+
+    Args:
+        tensors: every tensor of the call, all on one device.
+        optional: one more, or ``None``.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not x.is_meta
-        and _get_current_dispatch_mode() is None
-    )
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode is None or tensors[0].is_meta:
+        return False
+    if type(optional) not in _PLAIN_TYPES or (optional is not None and optional.is_neg()):
+        return False
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
+            return False
+    return _get_current_dispatch_mode() is None
+
+
+def _tokens(tensor: Tensor) -> int:
+    return tensor.shape[:-1].numel()
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """[..., features] as [tokens, features]; not with -1, which is ambiguous for 0 features."""
+    return tensor.reshape(_tokens(tensor), tensor.shape[-1])
 
 
 def _run_forward(
     x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    y, h = registry.run("lora_linear", x.reshape(-1, x.shape[-1]), weight, adapters, bias, backend=backend)
+    y, h = registry.run("lora_linear", _as_matrix(x), weight, adapters, bias, backend=backend)
     # not a view in autograd's eyes: the output of an operator may be modified in place, one of several views may not
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h
 
@@ -323,8 +383,8 @@ def _run_backward(
     need_lora: Sequence[bool],
     backend: str | None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    grad_ = grad.reshape(-1, grad.shape[-1])
-    x_ = None if x is None else x.reshape(-1, x.shape[-1])
+    grad_ = _as_matrix(grad)
+    x_ = None if x is None else _as_matrix(x)
     grad_x, grad_A, grad_B = registry.run(
         "lora_linear_backward", grad_, x_, weight, adapters, h, need_x, need_lora, backend=backend
     )
@@ -334,7 +394,12 @@ def _run_backward(
 
 
 def _bias_gradient(grad: Tensor) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return _as_matrix(grad).sum(0)
+
+
+def _versions(weight: Weight) -> list[int | None]:
+    """Counts the in-place changes of each tensor of the weight; ``None`` where inference mode keeps no count."""
+    return [None if tensor.is_inference() else tensor._version for tensor in _weight_tensors(weight)]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -355,17 +420,24 @@ class _LoraLinear(torch.autograd.Function):
         count = len(scaling)
         adapters = Adapters(lora[:count], lora[count:], scaling, dropout_p, seed)
         y, h = _run_forward(x, weight, adapters, bias, backend)
-        ctx.call = (weight, scaling, dropout_p, backend)
+        # not among the saved tensors, whose hooks would copy or offload a weight that stays where it is anyway
+        ctx.call = (weight, _versions(weight), scaling, dropout_p, backend)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[7 : 7 + count]) else None, seed, h, *lora)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scaling, dropout_p, backend = ctx.call
+        weight, versions, scaling, dropout_p, backend = ctx.call
+        if _versions(weight) != versions:
+            raise RuntimeError(
+                "lora_linear: weight was modified in place between the forward and the backward pass, which needs it "
+                "as it was; modify it after backward, or call the layer again"
+            )
         x, seed, h, *lora = ctx.saved_tensors
         adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
         need_x, need_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
+        grad = grad.resolve_neg()  # the operator would be handed it so
         grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
         grad_bias = _bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None, None, None, None, *grad_A, *grad_B
@@ -387,16 +459,17 @@ _ADAPTER_ARGUMENTS = 5
 )
 def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     weight = _unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
-    *adapters, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
-    return _run_forward(x, weight, Adapters(*adapters), bias, backend)
+    *adapter_arguments, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
+    adapters = Adapters(*adapter_arguments)
+    _check(x, weight, adapters, bias)
+    return _run_forward(x, weight, adapters, bias, backend)
 
 
 @_forward_operator.register_fake
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out_features, lora_A = arguments[_WEIGHT_ARGUMENTS - 2], arguments[_WEIGHT_ARGUMENTS]
-    tokens = x.shape[:-1].numel()
     ranks = sum(a.shape[0] for a in lora_A)
-    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(tokens, ranks, dtype=compute_dtype(x))
+    return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_tokens(x), ranks, dtype=compute_dtype(x))
 
 
 @torch.library.custom_op(
@@ -407,8 +480,10 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
     weight = _unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
-    *adapters, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
-    grad_x, grad_A, grad_B = _run_backward(grad, x, weight, Adapters(*adapters), h, need_x, need_lora, backend)
+    *adapter_arguments, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
+    adapters = Adapters(*adapter_arguments)
+    _check_backward(grad, x, weight, adapters, h)
+    grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
     return [gradient for gradient in (grad_x, *grad_A, *grad_B) if gradient is not None]
 
 
@@ -424,6 +499,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weight = inputs[0], inputs[1 : 1 + _WEIGHT_ARGUMENTS]
     lora_A, lora_B, scaling, dropout_p, seed, _bias, backend = inputs[1 + _WEIGHT_ARGUMENTS :]
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])  # h is there for the backward pass, which has no second derivative
     ctx.count = len(lora_A)
     ctx.options = (weight[4:], scaling, dropout_p, backend)
     need_A = any(a.requires_grad for a in lora_A)

@@ -37,12 +37,12 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         A contiguous tensor of the shape and dtype of ``gate``; autocast changes nothing.
 
     Raises:
-        ValueError: shapes or devices differ.
+        ValueError: shapes or devices differ, or a tensor is sparse.
         TypeError: an argument is no tensor or has another dtype.
         BackendError: a forced backend cannot run the call.
     """
     _check(gate, up)
-    if is_plain_eager(gate) and is_plain_eager(up):
+    if is_plain_eager((gate, up)):
         return _apply(gate, up, backend)
     y: Tensor = torch.ops.peftkern.silu_mul(gate, up, backend)
     return y
@@ -54,6 +54,8 @@ def _check(gate: Any, up: Any) -> None:
             raise TypeError(f"silu_mul: {name} must be a tensor, got {type(value).__name__}")
         if value.dtype not in FLOAT_DTYPES:
             raise TypeError(f"silu_mul: {name} must be float64, float32, bfloat16 or float16, got {value.dtype}")
+        if value.layout != torch.strided:
+            raise ValueError(f"silu_mul: {name} must be dense, got {value.layout}; use {name}.to_dense()")
     if up.dtype != gate.dtype:
         raise TypeError(f"silu_mul: up must have the dtype of gate, {gate.dtype}; got {up.dtype}")
     if up.shape != gate.shape:
@@ -111,6 +113,7 @@ class _SiluMul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need_gate, need_up, _ = ctx.needs_input_grad
+        grad = grad.resolve_neg()  # the operator would be handed it so
         grads = registry.run("silu_mul_backward", grad, *ctx.saved_tensors, need_gate, need_up, backend=ctx.backend)
         return *grads, None
 

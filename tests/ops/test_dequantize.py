@@ -88,6 +88,19 @@ def test_rows_that_are_no_whole_blocks_follow_the_format_where_bitsandbytes_does
     assert torch.linalg.vector_norm(peer - w) > 1.5 * torch.linalg.vector_norm(flat - w)
 
 
+# ---- the operator
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int8_blockwise", "int8"])
+@pytest.mark.parametrize("field", ["packed", "scales"])
+def test_the_raw_operator_refuses_tensors_shorter_than_the_shape(backend: str, format: str, field: str) -> None:
+    q = ops.quantize(random_tensor((6, 128), torch.float32), format)
+    short = replace(q, **{field: getattr(q, field)[:-1]})
+    arguments = (short.packed, short.scales, None, None, format, q.block_size, 0, q.shape, torch.float32, None)
+    with pytest.raises(ValueError, match=f"QuantizedTensor: {field} must have shape"):
+        torch.ops.peftkern.dequantize(*arguments)
+
+
 # ---- by hand
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import peftkern
 from peftkern import ops
 from peftkern.backends import cpu, registry
 from peftkern.formats import FORMATS, QuantizedTensor
+from peftkern.ops.lora_linear import Adapters, _flatten_weight, is_plain_eager
 
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Relative error ‖out - ref‖ / ‖ref‖ against float64."""
@@ -33,6 +37,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             pytest.skip(f"this processor does not run {isa}")
         monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, isa)
     return str(name)
+
+
+def compiled_anew() -> Any:
+    """The compiled operation; graphs of other tests, which have a limit, are forgotten."""
+    torch.compiler.reset()
+    return torch.compile(ops.lora_linear, fullgraph=True, backend="aot_eager")
 
 
 def relative_error(out: Tensor, reference: Tensor) -> float:
@@ -220,6 +230,125 @@ def test_any_leading_dimensions(backend: str, leading: tuple[int, ...]) -> None:
     assert lora_A.grad is not None and relative_error(y.detach().reshape(-1, 96), flat.detach().double()) < 5e-6
 
 
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_a_lazily_negated_operand(backend: str, operand: str) -> None:
+    problem = make_problem(9, 128, 96, [8], "dense")
+    arguments = _arguments(problem)
+    expected = ops.lora_linear(**(arguments | {operand: -arguments[operand]}), backend=backend)
+    negated = torch._neg_view(arguments[operand])
+    assert negated.is_neg()
+    assert torch.equal(ops.lora_linear(**(arguments | {operand: negated}), backend=backend), expected)
+
+
+def test_a_lazily_negated_gradient(backend: str) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    expected = dataclasses.replace(problem, grad=-problem.grad).run(backend)
+    results = dataclasses.replace(problem, grad=torch._neg_view(problem.grad)).run(backend)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4", "fp4", "int8_blockwise"])
+@pytest.mark.parametrize(("in_features", "out_features"), [(0, 5), (64, 0), (0, 0)])
+def test_no_features(weight: str, in_features: int, out_features: int) -> None:
+    problem = make_problem(1, in_features, out_features, [3], weight)
+    x = torch.randn(2, 3, in_features, requires_grad=True)
+    lora_A, lora_B, bias = problem.lora_A[0].requires_grad_(), problem.lora_B[0].requires_grad_(), problem.bias
+    assert bias is not None
+    leaves = (x, lora_A, lora_B, bias.requires_grad_())
+    y = ops.lora_linear(x, problem.weight, lora_A, lora_B, bias=bias)
+    dense = problem.weight if isinstance(problem.weight, Tensor) else ops.dequantize(problem.weight)
+    expected = torch.nn.functional.linear(x, dense, bias) + x @ lora_A.t() @ lora_B.t()
+    torch.testing.assert_close(y, expected)
+    gradients = [torch.autograd.grad(out.sum(), leaves, allow_unused=True) for out in (y, expected)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(compiled_anew()(x, problem.weight, lora_A, lora_B, bias=bias), expected)
+
+
+# ---- tensors that are more than memory
+
+
+class Wrapper(Tensor):
+    """A subclass without memory of its own: whoever reads its address reads nothing."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        wrapper: Wrapper = Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def unwrap(value: Any) -> Any:
+            return value.inner if isinstance(value, Wrapper) else value
+
+        return func(*torch.utils._pytree.tree_map(unwrap, args), **(kwargs or {}))
+
+
+def _arguments(problem: Problem) -> dict[str, Any]:
+    lora_A, lora_B = problem.lora_A[0], problem.lora_B[0]
+    return {"x": problem.x, "weight": problem.weight, "lora_A": lora_A, "lora_B": lora_B, "bias": problem.bias}
+
+
+@pytest.mark.parametrize("operand", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_any_operand_may_be_a_tensor_subclass(backend: str, operand: str) -> None:
+    arguments = _arguments(make_problem(9, 128, 96, [8], "dense"))
+    expected = ops.lora_linear(**arguments, backend=backend)
+    arguments[operand] = Wrapper(arguments[operand])
+    assert torch.equal(ops.lora_linear(**arguments, backend=backend), expected)
+
+
+@pytest.mark.parametrize("field", ["packed", "scales", "absmax", "offset"])
+def test_any_part_of_a_quantized_weight_may_be_a_tensor_subclass(backend: str, field: str) -> None:
+    arguments = _arguments(make_problem(9, 128, 96, [8], "nf4", double_quant=True))
+    expected = ops.lora_linear(**arguments, backend=backend)
+    weight = arguments["weight"]
+    if field in ("packed", "scales"):
+        arguments["weight"] = dataclasses.replace(weight, **{field: Wrapper(getattr(weight, field))})
+    else:
+        nested = weight.double_quantization
+        nested = dataclasses.replace(nested, **{field: Wrapper(getattr(nested, field))})
+        arguments["weight"] = dataclasses.replace(weight, double_quantization=nested)
+    assert torch.equal(ops.lora_linear(**arguments, backend=backend), expected)
+
+
+def test_only_plain_tensors_skip_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, parameter = torch.zeros(2), torch.nn.Parameter(torch.zeros(2))
+    assert is_plain_eager((plain, parameter)) and is_plain_eager((plain,), parameter)
+    assert not is_plain_eager((plain, Wrapper(plain))) and not is_plain_eager((plain,), Wrapper(plain))
+    assert not is_plain_eager((plain, torch._neg_view(plain)))
+    assert not is_plain_eager((torch.zeros(2, device="meta"),))
+
+
+def test_without_pytorchs_private_function_every_call_takes_the_operator(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4", dropout_p=0.3)
+    expected = problem.run(backend)
+    monkeypatch.setitem(is_plain_eager.__globals__, "_get_current_dispatch_mode", None)
+    assert not is_plain_eager((problem.x,))
+    results = problem.run(backend)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("weight", ["dense", "nf4", "int8"])
+def test_a_default_device_elsewhere_changes_nothing(backend: str, weight: str) -> None:
+    problem = make_problem(9, 128, 96, [8], weight, dropout_p=0.3)
+    expected = problem.run(backend)
+    with torch.device("meta"):
+        results = problem.run(backend)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+    torch.set_default_device("meta")
+    try:
+        results = problem.run(backend)
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
 # ---- gradients
 
 
@@ -265,6 +394,41 @@ def test_backward_twice_over_the_same_graph(backend: str) -> None:
     y = ops.lora_linear(x, problem.weight, problem.lora_A, problem.lora_B, 0.5, dropout_p=0.5, backend=backend)
     first = torch.autograd.grad(y, x, problem.grad, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(y, x, problem.grad)[0])
+
+
+@pytest.mark.parametrize("changed", ["packed", "scales", "absmax", "offset", "dense"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_weight_changed_between_forward_and_backward(backend: str, changed: str, compiled: bool) -> None:
+    problem = make_problem(9, 128, 96, [8], "dense" if changed == "dense" else "nf4", double_quant=True)
+    weight, x = problem.weight, problem.x.requires_grad_()
+    y = (compiled_anew() if compiled else ops.lora_linear)(
+        x, weight, problem.lora_A[0], problem.lora_B[0], backend=backend
+    )
+    if isinstance(weight, Tensor):
+        weight.zero_()
+    else:
+        getattr(weight.double_quantization if changed in ("absmax", "offset") else weight, changed).zero_()
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace operation)"):
+        y.sum().backward()
+
+
+def test_a_weight_made_in_inference_mode_has_no_version_and_works(backend: str) -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    expected = problem.run(backend)
+    with torch.inference_mode():
+        problem.weight = make_problem(9, 128, 96, [8], "nf4").weight
+    assert isinstance(problem.weight, QuantizedTensor) and problem.weight.packed.is_inference()
+    results = problem.run(backend)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+def test_the_operators_second_result_asks_for_no_gradient() -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    arguments = _operator_arguments(problem)
+    y, h = torch.ops.peftkern.lora_linear(problem.x.requires_grad_(), *arguments[1:])
+    assert y.requires_grad and not h.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        h.sum().backward()
 
 
 @pytest.mark.parametrize("weight", ["nf4", "dense"])
@@ -321,6 +485,18 @@ def test_dropout_of_everything(backend: str) -> None:
     assert torch.equal(y, ops.lora_linear(problem.x, problem.weight, backend=backend))
 
 
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_dropped_infinity_becomes_nan(backend: str, value: float) -> None:
+    """As in ``torch.nn.Dropout``, which multiplies by zero."""
+    x, lora_A, one = torch.zeros(64, 8), torch.zeros(1, 8), torch.ones(1, 1)
+    x[:, 2], lora_A[0, 2] = value, 1.0
+    torch.manual_seed(0)
+    y = ops.lora_linear(x, torch.zeros(1, 8), lora_A, one, dropout_p=0.5, backend=backend)
+    assert not y.isfinite().any()
+    y = ops.lora_linear(x, torch.zeros(1, 8), lora_A, one, dropout_p=1.0, backend=backend)
+    assert y.isnan().all()
+
+
 # ---- autocast, checkpointing, compile, operators
 
 
@@ -373,11 +549,63 @@ def test_compiles_as_one_graph(backend: str, dropout_p: float) -> None:
     assert all(torch.equal(eager, other) for eager, other in zip(*results, strict=True))
 
 
+def _operator_arguments(problem: Problem) -> list[Any]:
+    """Those of ``torch.ops.peftkern.lora_linear``."""
+    adapters = (problem.lora_A, problem.lora_B, problem.scaling, problem.dropout_p, torch.tensor(1234))
+    return [problem.x, *_flatten_weight(problem.weight), *adapters, problem.bias, None]
+
+
+def _backward_operator_arguments(problem: Problem) -> list[Any]:
+    """Those of ``torch.ops.peftkern.lora_linear_backward``."""
+    h = torch.zeros(problem.x.shape[0], sum(a.shape[0] for a in problem.lora_A))
+    return [problem.grad, *_operator_arguments(problem)[:-2], h, True, [True, True], None]
+
+
+def _shortened(weight: Tensor | QuantizedTensor, field: str) -> Tensor | QuantizedTensor:
+    if isinstance(weight, Tensor):
+        return weight[:-1]
+    return dataclasses.replace(weight, **{field: getattr(weight, field)[:-1]})
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("field", ["packed", "scales"])
+def test_the_raw_operators_refuse_a_weight_shorter_than_its_shape(weight: str, field: str) -> None:
+    problem = make_problem(9, 128, 96, [8], weight)
+    short = _flatten_weight(_shortened(problem.weight, field))
+    message = r"must be \[out_features, in_features\]" if weight == "dense" else f"QuantizedTensor: {field} must have"
+    forward, backward = _operator_arguments(problem), _backward_operator_arguments(problem)
+    forward[1:8], backward[2:9] = short[:7], short[:7]  # all but the shape
+    with pytest.raises(ValueError, match=message):
+        torch.ops.peftkern.lora_linear(*forward)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.peftkern.lora_linear_backward(*backward)
+
+
+def test_the_raw_operators_refuse_operands_that_do_not_fit() -> None:
+    problem = make_problem(9, 128, 96, [8], "nf4")
+    for change, message in (
+        ({"x": problem.x[:, 1:]}, "x must be"),
+        ({"lora_A": [torch.zeros(0, 128)], "lora_B": [torch.zeros(96, 0)]}, "r >= 1"),
+        ({"lora_B": [torch.zeros(95, 8)]}, "lora_B must be"),
+        ({"bias": torch.zeros(95)}, "bias must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.peftkern.lora_linear(*_operator_arguments(dataclasses.replace(problem, **change)))
+    for change, message in (
+        ({"x": problem.x[:, 1:]}, "x must be"),
+        ({"lora_B": [torch.zeros(95, 8)]}, "lora_B must be"),
+        ({"grad": problem.grad[:, 1:]}, "grad must be"),
+        ({"grad": problem.grad[1:], "x": problem.x}, "h must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.peftkern.lora_linear_backward(
+                *_backward_operator_arguments(dataclasses.replace(problem, **change))
+            )
+
+
 @pytest.mark.parametrize("weight", ["nf4", "int8", "dense"])
 def test_operator_contract(backend: str, weight: str) -> None:
     problem = make_problem(9, 128, 96, [8, 4], weight, dropout_p=0.5)
-    from peftkern.ops.lora_linear import _flatten_weight
-
     leaves = [t.requires_grad_() for t in (*problem.lora_A, *problem.lora_B)]
     arguments = (
         problem.x.requires_grad_(),
@@ -437,6 +665,132 @@ def test_every_form_of_arithmetic(backend: str, weight: str, form: int, monkeypa
         assert all(error <= FORM_TOLERANCE[form] for error in errors.values()), errors
 
 
+@pytest.fixture(params=FORM_TOLERANCE, ids=["float32-form", "bfloat16-form", "float16-form"])
+def form(request: pytest.FixtureRequest, backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend, made to compute in one form of arithmetic."""
+    if backend == "reference":
+        if request.param != cpu.FLOAT32:
+            pytest.skip("the reference has one form")
+        return backend
+    monkeypatch.setattr(cpu, "product_precision", lambda dtype, isa: request.param)
+    return backend
+
+
+NOT_FINITE = {
+    torch.float32: [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -0x800000],
+    torch.bfloat16: [0x7FC0, 0x7FFF, -1, 0x7F81, 0x7F80, -0x80],
+    torch.float16: [0x7E00, 0x7FFF, -1, 0x7C01, 0x7C00, -0x400],
+}
+"""Bits of NaN: the usual one, all ones, all ones with the sign, the smallest payload; and of both infinities."""
+
+
+def not_finite(dtype: torch.dtype) -> Iterator[Tensor]:
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    for pattern in NOT_FINITE[dtype]:
+        value = torch.tensor(pattern, dtype=bits).view(dtype)
+        assert not value.isfinite()
+        yield value
+
+
+def assert_spoils(spoiled: Tensor, index: Any, value: Tensor) -> None:
+    """Everything at ``index`` is lost (NaN, if the input was), and nothing else."""
+    lost = torch.zeros_like(spoiled, dtype=torch.bool)
+    lost[index] = True
+    assert torch.equal(~spoiled.isfinite(), lost)
+    if value.isnan():
+        assert torch.equal(spoiled.isnan(), lost)
+
+
+NOT_FINITE_TOKENS = (1, 5, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+def test_what_is_not_finite_in_x_reaches_its_row(form: str, weight: str, dtype: torch.dtype) -> None:
+    for tokens in NOT_FINITE_TOKENS:
+        problem = make_problem(tokens, 192, 70, [8], weight, dtype)
+        for value in not_finite(dtype):
+            spoiled = dataclasses.replace(problem, x=problem.x.clone())
+            spoiled.x[tokens // 2, 100] = value
+            results = spoiled.run(form)
+            assert_spoils(results["y"], tokens // 2, value)
+            assert_spoils(results["A0"], (slice(None), 100), value)
+            assert not results["B0"].isfinite().any()
+            assert results["x"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["dense", "nf4"])
+def test_what_is_not_finite_in_the_gradient_reaches_its_row(form: str, weight: str, dtype: torch.dtype) -> None:
+    for tokens in NOT_FINITE_TOKENS:
+        problem = make_problem(tokens, 70, 192, [8], weight, dtype)
+        for value in not_finite(dtype):
+            spoiled = dataclasses.replace(problem, grad=problem.grad.clone())
+            spoiled.grad[tokens // 2, 100] = value
+            results = spoiled.run(form)
+            assert_spoils(results["x"], tokens // 2, value)
+            assert_spoils(results["B0"], 100, value)
+            assert_spoils(results["bias"], 100, value)
+            assert not results["A0"].isfinite().any()
+
+
+@pytest.mark.parametrize("weight", ["nf4", "fp4", "int8_blockwise"])
+def test_what_is_not_finite_in_a_scale_reaches_its_block(form: str, weight: str) -> None:
+    for tokens in NOT_FINITE_TOKENS:
+        problem = make_problem(tokens, 192, 70, [8], weight)
+        for value in not_finite(torch.float32):
+            assert isinstance(problem.weight, QuantizedTensor)
+            scales = problem.weight.scales.clone()
+            scales[33, 1] = value
+            results = dataclasses.replace(problem, weight=dataclasses.replace(problem.weight, scales=scales)).run(form)
+            assert_spoils(results["y"], (slice(None), 33), value)
+            assert_spoils(results["x"], (slice(None), slice(64, 128)), value)
+
+
+def test_what_is_not_finite_in_the_scale_of_a_row(form: str) -> None:
+    for tokens in NOT_FINITE_TOKENS:
+        problem = make_problem(tokens, 192, 70, [8], "int8")
+        for value in not_finite(torch.float32):
+            assert isinstance(problem.weight, QuantizedTensor)
+            scales = problem.weight.scales.clone()
+            scales[33] = value
+            results = dataclasses.replace(problem, weight=dataclasses.replace(problem.weight, scales=scales)).run(form)
+            assert_spoils(results["y"], (slice(None), 33), value)
+            assert not results["x"].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_in_a_dense_weight(form: str, dtype: torch.dtype) -> None:
+    for tokens in NOT_FINITE_TOKENS:
+        problem = make_problem(tokens, 192, 70, [8], "dense", dtype)
+        for value in not_finite(dtype):
+            assert isinstance(problem.weight, Tensor)
+            weight = problem.weight.clone()
+            weight[33, 100] = value
+            results = dataclasses.replace(problem, weight=weight).run(form)
+            assert_spoils(results["y"], (slice(None), 33), value)
+            assert_spoils(results["x"], (slice(None), 100), value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight", ["dense", "nf4", "int8"])
+def test_every_form_is_bit_equal_for_any_number_of_threads(form: str, weight: str, dtype: torch.dtype) -> None:
+    if form == "reference":
+        pytest.skip("PyTorch's own sums may depend on the number of threads")
+    threads = torch.get_num_threads()
+    try:
+        for tokens in (5, 70):
+            problem = make_problem(tokens, 192, 130, [16], weight, dtype, dropout_p=0.2)
+            torch.set_num_threads(1)
+            expected = problem.run(form)
+            for count in (2, 3, 7):
+                torch.set_num_threads(count)
+                results = problem.run(form)
+                assert all(torch.equal(results[name], expected[name]) for name in expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e-4, 1e4, 1e20])
 def test_float16_form_survives_any_magnitude(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     if not any(isa.startswith("avx512") for isa in cpu.supported_isas()):
@@ -493,6 +847,16 @@ def _call(**changes: Any) -> Tensor:
         ({"weight": torch.zeros(32, 64, requires_grad=True)}, ValueError, "weight is frozen"),
         ({"lora_A": None}, ValueError, "go together, but lora_A is None"),
         ({"lora_A": torch.zeros(4, 60)}, ValueError, r"lora_A must be \[r, in\] with in = 64, got \[4, 60\]"),
+        (
+            {"lora_A": torch.zeros(0, 64), "lora_B": torch.zeros(32, 0)},
+            ValueError,
+            "lora_A must be .* r >= 1, got r = 0",
+        ),
+        ({"lora_A": 3, "lora_B": 4}, TypeError, "lora_A must be a tensor, got int"),
+        ({"x": torch.zeros(2, 64).to_sparse()}, ValueError, "x must be dense, got torch.sparse_coo; use x.to_dense"),
+        ({"x": torch.zeros(2, 64).to_mkldnn()}, ValueError, "x must be dense, got torch._mkldnn"),
+        ({"weight": torch.zeros(32, 64).to_sparse()}, ValueError, "weight must be dense, got torch.sparse_coo"),
+        ({"weight": torch.zeros(32, 64).to_mkldnn()}, ValueError, "weight must be dense, got torch._mkldnn"),
         ({"lora_B": torch.zeros(31, 4)}, ValueError, r"lora_B must be \[out, r\] = \[32, 4\], got \[31, 4\]"),
         ({"lora_B": [torch.zeros(32, 4)] * 2}, ValueError, "lora_B must have one entry per adapter, 1; got 2"),
         ({"scaling": [1.0, 2.0]}, ValueError, "scaling must have one entry per adapter, 1; got 2"),
@@ -507,6 +871,14 @@ def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], mes
         _call(**changes)
 
 
+@pytest.mark.parametrize("kind", [tuple, collections.deque, torch.nn.ParameterList, collections.UserList])
+def test_adapters_in_any_sequence(kind: Any) -> None:
+    problem = make_problem(9, 128, 96, [8, 3], "nf4")
+    expected = ops.lora_linear(problem.x, problem.weight, problem.lora_A, problem.lora_B, [0.5, 2.0])
+    y = ops.lora_linear(problem.x, problem.weight, kind(problem.lora_A), kind(problem.lora_B), (0.5, 2.0))
+    assert torch.equal(y, expected)
+
+
 def test_a_quantized_weight_that_does_not_fit_its_shape() -> None:
     weight = ops.quantize(torch.ones(32, 64))
     broken = dataclasses.replace(weight, packed=weight.packed[:-1])
@@ -517,8 +889,21 @@ def test_a_quantized_weight_that_does_not_fit_its_shape() -> None:
 def test_forced_backend_that_cannot_run_raises() -> None:
     with pytest.raises(registry.BackendError, match=r"'cpu' was forced and cannot run this call: torch.float64"):
         _call(x=torch.zeros(2, 64, dtype=torch.float64), backend="cpu")
-    with pytest.raises(registry.BackendError, match="'nonsense'"):
-        _call(backend="nonsense")
+    for name in ("nonsense", ""):
+        with pytest.raises(registry.BackendError, match=f"backend must be one of cpu, reference; got '{name}'"):
+            _call(backend=name)
+
+
+def test_which_backend_needs_the_arguments_that_decide() -> None:
+    x, weight = torch.zeros(2, 64), ops.quantize(torch.ones(32, 64))
+    message = r"lora_linear takes \(x, weight, adapters, bias\), and its backend depends on x, weight; got"
+    for arguments in ((), (x,)):
+        for name in (None, "reference"):
+            with pytest.raises(TypeError, match=f"{message} {len(arguments)} argument"):
+                peftkern.which("lora_linear", *arguments, backend=name)
+    adapters = Adapters([], [], [], [], None)
+    choices = (peftkern.which("lora_linear", x, weight), peftkern.which("lora_linear", x, weight, adapters, None))
+    assert {choice.backend for choice in choices} == {"cpu" if cpu.available() else "reference"}
 
 
 def test_forced_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:

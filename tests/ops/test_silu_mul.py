@@ -253,6 +253,22 @@ def test_bad_arguments_are_named() -> None:
         ops.silu_mul(gate, gate[0])
     with pytest.raises(ValueError, match="up is on meta and gate on cpu"):
         ops.silu_mul(gate, gate.to("meta"))
+    with pytest.raises(ValueError, match=r"up must be dense, got torch\.sparse_coo"):
+        ops.silu_mul(gate, gate.to_sparse())
+
+
+def test_lazily_negated_tensors(backend: str) -> None:
+    gate, up, grad = make_inputs((9, 70))
+    negated = run((-gate, -up, -grad), backend)
+    for lazy, eager in zip(run_lazily_negated(gate, up, grad, backend), negated, strict=True):
+        assert_same_bits(lazy, eager)
+
+
+def run_lazily_negated(gate: Tensor, up: Tensor, grad: Tensor, backend: str) -> Inputs:
+    gate, up = torch._neg_view(gate).requires_grad_(), torch._neg_view(up).requires_grad_()
+    assert gate.is_neg() and up.is_neg()
+    y = ops.silu_mul(gate, up, backend=backend)
+    return y.detach(), *torch.autograd.grad(y, (gate, up), torch._neg_view(grad))
 
 
 def test_meta_tensors_have_the_right_shape() -> None:
