@@ -8,6 +8,7 @@
 #pragma once
 
 constexpr int64_t kFeatureBlock = 256;       // 256 x 32 floats: a panel of 32 KB
+constexpr int64_t kPairFeatureBlock = 512;   // the same of bfloat16: the output is added to half as often
 constexpr int64_t kPanelsPerTask = 16;       // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
 constexpr int64_t kFewFeatureBlock = 128;    // one tile of tokens, weight reduced along columns: 16 KB, one panel
 constexpr int64_t kFewRowBlock = 32;         // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
@@ -105,7 +106,7 @@ struct Scratch {
   float* sums;          // output block of a 16-bit output
 };
 
-static inline int64_t staged_stride() { return kFeatureBlock + kLanes; }
+static inline int64_t staged_stride() { return kPairFeatureBlock + kLanes; }
 
 // Lays the parts out from `memory` on, and returns their size; with a null `memory` it only adds up.
 static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* scratch) {
@@ -117,13 +118,13 @@ static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* 
     return here;
   };
   const int64_t rows = 16;
-  const int64_t packed = s.one_tile ? longest_reduction(p) : kFeatureBlock;
+  const int64_t packed = s.one_tile ? longest_reduction(p) : kPairFeatureBlock;
   const bool buffered = p.out_dtype != DType::float32;
   const int64_t tokens = minimum(s.tokens_per_task, kTokenBlock);
   scratch->panels = take(s.panels_per_task * s.width * kFeatureBlock * 4);
   scratch->panel_scales = static_cast<float*>(take(s.panels_per_task * 4));
   scratch->staged = static_cast<float*>(take(rows * staged_stride() * 4));
-  scratch->activations = take((packed + kFeatureBlock) * rows * 4);
+  scratch->activations = take((packed + kPairFeatureBlock) * rows * 4);
   scratch->row_scales = static_cast<float*>(take((packed / kFewRowBlock + 1) * rows * 4));
   scratch->corner = static_cast<float*>(take(rows * s.width * 4));
   scratch->sums = static_cast<float*>(take(buffered ? tokens * s.panels_per_task * s.width * 4 : 0));
@@ -214,12 +215,15 @@ static inline void* packed_at(void* activations, Precision form, int rows, int64
 // Packs `rows` tokens and `steps` features from k0 on.
 static void pack_activations(const Activations& a, float* stage, Precision form, int64_t token, int rows, int64_t k0,
                              int64_t steps, void* packed, float* row_scales) {
-  const bool as_they_lie = a.dtype == DType::float32 && a.feature_stride == 1 && !dropout_active(a.dropout) &&
-                           form != Precision::float16 && steps % kLanes == 0;
-  if (as_they_lie) {
-    const float* source = static_cast<const float*>(a.data) + token * a.token_stride + k0;
-    return turn_activations(source, a.token_stride, form, rows, steps, packed);
-  }
+  const bool unchanged = a.feature_stride == 1 && !dropout_active(a.dropout);
+  const int64_t begin = token * a.token_stride + k0;
+  if (unchanged && a.dtype == DType::float32 && form != Precision::float16 && steps % kLanes == 0)
+    return turn_activations(static_cast<const float*>(a.data) + begin, a.token_stride, form, rows, steps, packed);
+  // Two bfloat16 that lie side by side are a pair already, of the size of a float.
+  const bool pairs = a.dtype == DType::bfloat16 && form == Precision::bfloat16;
+  if (unchanged && pairs && steps % (2 * kLanes) == 0 && a.token_stride % 2 == 0 && begin % 2 == 0)
+    return turn_activations(static_cast<const float*>(a.data) + begin / 2, a.token_stride / 2, Precision::float32, rows,
+                            steps / 2, packed);
   for (int row = 0; row < rows; ++row) {
     float* staged = stage + row * staged_stride();
     stage_row(a, token + row, k0, steps, staged);
@@ -368,8 +372,9 @@ static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block
 static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
                                    bool accumulate) {
   const int height = tile_height(block.tokens, pair.tile_rows);
-  for (int64_t k0 = 0; k0 < features; k0 += kFeatureBlock) {
-    const int64_t steps = minimum(kFeatureBlock, features - k0);
+  const int64_t feature_block = pair.form == Precision::bfloat16 ? kPairFeatureBlock : kFeatureBlock;
+  for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
+    const int64_t steps = minimum(feature_block, features - k0);
     const Panels panels = decode_block(pair, scratch, block, 0, block.outputs, k0, steps);
     for (int64_t row0 = 0; row0 < block.tokens; row0 += height) {
       const int rows = static_cast<int>(minimum(height, block.tokens - row0));

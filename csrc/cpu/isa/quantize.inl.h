@@ -21,17 +21,39 @@ static float largest_magnitude(const Quantization& q, int64_t begin, int64_t end
   return bits_float(largest);
 }
 
-// `count` is even but for the tensor's last buffer, whose missing element counts as 0.
+// `count` is even but for the tensor's last buffer, whose missing element counts as 0. The interval of a value is the
+// number of bounds below it.
+#ifdef PEFTKERN_VECTOR_DECODE
 static void pack_codes4(const Quantization& q, const float* scaled, int64_t count, uint8_t* packed) {
-  alignas(64) int32_t intervals[kBuffer] = {};
-  for (int bound = 0; bound < 15; ++bound) {
-    const float value = q.bounds[bound];
-    for (int64_t j = 0; j < kBuffer; ++j) intervals[j] += value < scaled[j];
+  alignas(64) float bounds[16];
+  alignas(64) int32_t codes[16];
+  for (int i = 0; i < 16; ++i) {
+    bounds[i] = i < 15 ? q.bounds[i] : __builtin_inff();
+    codes[i] = q.codes[i];
   }
-  alignas(64) uint8_t codes[kBuffer];
-  for (int64_t j = 0; j < kBuffer; ++j) codes[j] = q.codes[intervals[j]];
-  for (int64_t j = 0; j < (count + 1) / 2; ++j) packed[j] = static_cast<uint8_t>(codes[2 * j] << 4 | codes[2 * j + 1]);
+  const Codebook16 bound_book = load_codebook16(bounds);
+  const Codebook16 code_book = load_codebook16(reinterpret_cast<const float*>(codes));
+  alignas(64) uint8_t bytes[kBuffer / 2];
+  for (int64_t j = 0; j < kBuffer; j += kLanes) {
+    const Float value = load(scaled + j);
+    Int interval = int_zero();
+    interval = add_where_less(interval, broadcast(q.bounds[7]), value, 8);
+    interval = add_where_less(interval, lookup16(bound_book, add_int(interval, 3)), value, 4);
+    interval = add_where_less(interval, lookup16(bound_book, add_int(interval, 1)), value, 2);
+    interval = add_where_less(interval, lookup16(bound_book, interval), value, 1);
+    store_nibbles(bytes + j / 2, as_int(lookup16(code_book, interval)));
+  }
+  std::memcpy(packed, bytes, static_cast<size_t>((count + 1) / 2));
 }
+#else
+static void pack_codes4(const Quantization& q, const float* scaled, int64_t count, uint8_t* packed) {
+  int32_t intervals[kBuffer] = {};
+  for (int bound = 0; bound < 15; ++bound)
+    for (int64_t j = 0; j < kBuffer; ++j) intervals[j] += q.bounds[bound] < scaled[j];
+  for (int64_t j = 0; j < (count + 1) / 2; ++j)
+    packed[j] = static_cast<uint8_t>(q.codes[intervals[2 * j]] << 4 | q.codes[intervals[2 * j + 1]]);
+}
+#endif
 
 static void quantize_codes4(const Quantization& q, int64_t begin_block, int64_t end_block) {
   alignas(64) float values[kBuffer];

@@ -18,6 +18,21 @@ static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b
 static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 
+static inline Int int_zero() { return _mm256_setzero_si256(); }
+static inline Int add_int(Int a, int b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }
+static inline Int add_where_less(Int sum, Float a, Float b, int amount) {
+  const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  return _mm256_add_epi32(sum, _mm256_and_si256(less, _mm256_set1_epi32(amount)));
+}
+static inline Int as_int(Float v) { return _mm256_castps_si256(v); }
+// 8 codes below 16 to 4 bytes, the even code in the high half.
+static inline void store_nibbles(uint8_t* p, Int codes) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+  const __m128i bytes = _mm_packus_epi16(words, words);
+  const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x0110));
+  const int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(pairs, pairs));
+  std::memcpy(p, &four, sizeof four);
+}
 static inline Float as_float(Int v) { return _mm256_castsi256_ps(v); }
 static inline Int load_int(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 static inline void store_int(void* p, Int v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }

@@ -17,6 +17,17 @@ static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b
 static inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 
+static inline Int int_zero() { return _mm512_setzero_si512(); }
+static inline Int add_int(Int a, int b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
+static inline Int add_where_less(Int sum, Float a, Float b, int amount) {
+  return _mm512_mask_add_epi32(sum, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), sum, _mm512_set1_epi32(amount));
+}
+static inline Int as_int(Float v) { return _mm512_castps_si512(v); }
+// 16 codes below 16 to 8 bytes, the even code in the high half.
+static inline void store_nibbles(uint8_t* p, Int codes) {
+  const __m128i words = _mm_maddubs_epi16(_mm512_cvtepi32_epi8(codes), _mm_set1_epi16(0x0110));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 static inline Float as_float(Int v) { return _mm512_castsi512_ps(v); }
 static inline Int load_int(const void* p) { return _mm512_loadu_si512(p); }
 static inline void store_int(void* p, Int v) { _mm512_storeu_si512(p, v); }

@@ -85,8 +85,8 @@ template <int kRows>
 static void half_tile(const TileArguments& arguments) {
   const uint16_t* a = static_cast<const uint16_t*>(arguments.activations);
   const uint16_t* b = static_cast<const uint16_t*>(arguments.panel);
-  const int64_t stride = arguments.out_stride;
-  bool accumulate = arguments.accumulate;
+  constexpr int kColumns = 2 * kHalfLanes;
+  alignas(64) float totals[kRows][kColumns] = {};  // rows of the output may share their places in the L1 cache
   for (int64_t begin = 0; begin < arguments.steps; begin += kHalfChunk) {
     const int64_t end = begin + kHalfChunk < arguments.steps ? begin + kHalfChunk : arguments.steps;
     Half sums[kRows][2];
@@ -101,21 +101,25 @@ static void half_tile(const TileArguments& arguments) {
         sums[row][1] = half_fma(value, b1, sums[row][1]);
       }
       a += kRows;
-      b += 2 * kHalfLanes;
+      b += kColumns;
     }
 #pragma GCC unroll 16
-    for (int row = 0; row < kRows; ++row) {
-      float* out = arguments.out + row * stride;
-      const Float scale = broadcast(arguments.row_scales[row] * arguments.panel_scale);
+    for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
       for (int v = 0; v < 2; ++v) {
-        float* low = out + v * kHalfLanes;
+        float* low = totals[row] + v * kHalfLanes;
         float* high = low + kLanes;
-        store(low, fma(half_low(sums[row][v]), scale, accumulate ? load(low) : zero()));
-        store(high, fma(half_high(sums[row][v]), scale, accumulate ? load(high) : zero()));
+        store(low, add(load(low), half_low(sums[row][v])));
+        store(high, add(load(high), half_high(sums[row][v])));
       }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    float* out = arguments.out + row * arguments.out_stride;
+    const Float scale = broadcast(arguments.row_scales[row] * arguments.panel_scale);
+    for (int column = 0; column < kColumns; column += kLanes) {
+      const Float total = load(totals[row] + column);
+      store(out + column, fma(total, scale, arguments.accumulate ? load(out + column) : zero()));
     }
-    accumulate = true;
   }
 }
 
