@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import Command, write_json_lines
+from cli_helpers import Command, file_size_limit, write_json_lines
 from safetensors.torch import load_file
-from test_cli_output import file_size_limit
 
 from peftkern.finetune.callbacks import Watch
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_helpers import file_size_limit
 
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.errors import InputError, RunError
@@ -27,17 +25,6 @@ def add_checkpoint(output: OutputFolder, step: int, state: str = "{}") -> Path:
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(state)
     return path
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Writing beyond ``size`` bytes fails in this context, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from cli_helpers import Command
 from hypothesis import given
@@ -126,7 +127,7 @@ def test_every_setting_is_an_option(command: Command) -> None:
     result = command("finetune", "--help")
     assert result.exit_code == 0
     for field in dataclasses.fields(FinetuneConfig):
-        assert option_name(field.name)[:14] in result.output
+        assert option_name(field.name)[:14] in click.unstyle(result.output)
 
 
 def test_yaml_errors_reach_the_command_line(command: Command, tmp_path: Path) -> None:
