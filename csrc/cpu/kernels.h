@@ -95,9 +95,10 @@ struct SiluMul {
 };
 
 struct Kernels {
-  bool native_bfloat16;  // the bfloat16 form uses an instruction of the processor. Elsewhere the AVX-512 builds emulate
-                         // it,
-  bool native_float16;   // for tests, and the others run float32; likewise for float16.
+  // Whether a form uses an instruction of the processor. Where not, the AVX-512 builds emulate it, for tests, and the
+  // others run float32.
+  bool native_bfloat16;
+  bool native_float16;
   size_t (*product_scratch)(const Product&);  // bytes that each thread needs
   int64_t (*product_tasks)(const Product&);
   void (*product_task)(const Product&, int64_t task, void* scratch);

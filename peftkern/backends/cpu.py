@@ -17,9 +17,9 @@ from torch import Tensor
 
 from peftkern.backends import registry
 from peftkern.formats import QuantizedTensor, codebook
-from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count, packed_shape, scales_shape
+from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count
 from peftkern.ops.lora_linear import Adapters, Weight
-from peftkern.ops.quantize import dynamic_grid, four_bit_bounds, quantize_scales
+from peftkern.ops.quantize import assemble, dynamic_grid, four_bit_bounds, quantize_scales
 
 try:
     from peftkern import _cpu as native
@@ -165,7 +165,8 @@ def _weight_tuple(weight: Weight, exact_int8: bool = False) -> tuple[tuple[Any, 
     packed, scales = weight.packed.contiguous(), weight.scales.contiguous()
     if weight.format == "int8":
         scales = scales if exact_int8 else scales / 127.0
-        return (packed.data_ptr(), 5, *weight.shape, 0, 0, -1, scales.data_ptr(), 0, 0, 0.0, 0), [packed, scales]
+        code = _ENCODING_CODE[weight.format]
+        return (packed.data_ptr(), code, *weight.shape, 0, 0, -1, scales.data_ptr(), 0, 0, 0.0, 0), [packed, scales]
     book = _codebook(weight.format)
     rows, columns = weight.shape if len(weight.shape) == 2 else (1, weight.shape.numel())
     head = (packed.data_ptr(), _ENCODING_CODE[weight.format], rows, columns, 0, book.data_ptr())
@@ -278,15 +279,7 @@ def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant:
     nested = None
     if double_quant:
         scales, nested = quantize_scales(scales, _quantize_scale_blocks)
-    return QuantizedTensor(
-        packed.view(packed_shape(w.shape, format, block_size)),
-        scales.view(scales_shape(w.shape, format, block_size)),
-        format,
-        w.shape,
-        w.dtype,
-        block_size,
-        nested,
-    )
+    return assemble(w, format, block_size, packed, scales, nested)
 
 
 def _supports_dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, *_rest: Any) -> str | None:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 logger = logging.getLogger("peftkern")
@@ -90,6 +91,7 @@ def _required_parameters(function: Callable[..., Any]) -> int:
     return sum(p.kind in named and p.default is inspect.Parameter.empty for p in parameters)
 
 
+@cache
 def _load_backends() -> None:
     importlib.import_module("peftkern.backends.cpu")
 

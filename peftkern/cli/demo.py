@@ -15,8 +15,8 @@ from peftkern.cli.finetune import Debug
 from peftkern.cli.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from peftkern.finetune.compare import Comparison
-    from peftkern.finetune.demo import Sample
+    from peftkern.demo.compare import Comparison
+    from peftkern.demo.demonstration import Sample
 
 _DEFAULT_OUTPUT = Path("demo-output")
 
@@ -31,7 +31,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Teach SmolLM2-135M to write one-line docstrings: quantized LoRA beside PEFT + bitsandbytes."""
-    from peftkern.finetune.demo import demonstrate
+    from peftkern.demo.demonstration import demonstrate
 
     console = Console()
     with one_line_errors(debug):

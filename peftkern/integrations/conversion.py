@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 Tensors = Mapping[str, "list[Tensor] | Tensor"]
 
 
-class QuantizeWeight(ConversionOps):  # type: ignore[misc]
-    """Dense weight in, quantized layer out."""
+class _Operation(ConversionOps):  # type: ignore[misc]
+    """An operation that reports to the quantizer of its model."""
 
     def __init__(self, hf_quantizer: PeftkernQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWeight:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # transformers copies the operation for every weight; they all report to the one quantizer
         return self
+
+
+class QuantizeWeight(_Operation):
+    """Dense weight in, quantized layer out."""
 
     def convert(
         self,
@@ -57,15 +61,8 @@ class QuantizeWeight(ConversionOps):  # type: ignore[misc]
         return result
 
 
-class ReadWeight(ConversionOps):  # type: ignore[misc]
+class ReadWeight(_Operation):
     """Packed weight and companions in, quantized layer out; a dense weight is passed on in the dtype of the model."""
-
-    def __init__(self, hf_quantizer: PeftkernQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ReadWeight:
-        # transformers copies the operation for every weight; they all report to the one quantizer
-        return self
 
     def convert(
         self,

@@ -339,8 +339,8 @@ _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
 def is_plain_eager(tensors: Sequence[Tensor], optional: Tensor | None = None) -> bool:
     """Whether nothing watches operators, no compiler and no tracing mode, and every tensor is what its memory says.
 
-    Then an autograd function replaces the operator, whose passage through torch.library takes 0.5 ms for a forward and
-    backward pass, as long as a small layer itself. Tensor subclasses and lazily negated tensors need that passage.
+    Then an autograd function replaces the operator, whose passage through torch.library takes longer than a small
+    layer. Tensor subclasses and lazily negated tensors need that passage.
 
     Args:
         tensors: every tensor of the call, all on one device.

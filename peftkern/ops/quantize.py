@@ -124,6 +124,13 @@ def quantize_reference(
     nested = None
     if double_quant:
         scales, nested = quantize_scales(scales)
+    return assemble(w, format, block_size, packed, scales, nested)
+
+
+def assemble(
+    w: Tensor, format: str, block_size: int, packed: Tensor, scales: Tensor, nested: DoubleQuantization | None
+) -> QuantizedTensor:
+    """What a backend returns for ``w``: its flat codes and scales in the shapes of the format."""
     return QuantizedTensor(
         packed.view(packed_shape(w.shape, format, block_size)),
         scales.view(scales_shape(w.shape, format, block_size)),

@@ -15,7 +15,7 @@ from peftkern.bench import memory, step
 from peftkern.bench.case import Case, Effort, Measurement
 from peftkern.bench.errors import DisagreementError
 from peftkern.bench.result import Quantity
-from peftkern.finetune import compare, demo, docstrings
+from peftkern.demo import compare, demonstration, docstrings
 from peftkern.finetune.errors import InputError
 
 FUNCTION = '''
@@ -33,9 +33,9 @@ def tiny_demo(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module in range(12):
         numbers = range(4 * module, 4 * module + 4)
         (library / f"module{module}.py").write_text("".join(FUNCTION.format(n=n) for n in numbers))
-    monkeypatch.setattr(demo, "standard_library", lambda: library)
-    monkeypatch.setattr(demo, "smollm2_file", lambda: model_folder)
-    monkeypatch.setattr(demo, "smollm2_folder", lambda: model_folder)
+    monkeypatch.setattr(demonstration, "standard_library", lambda: library)
+    monkeypatch.setattr(demonstration, "smollm2_file", lambda: model_folder)
+    monkeypatch.setattr(demonstration, "smollm2_folder", lambda: model_folder)
 
 
 def test_the_demo_learns_samples_and_records(command: Command, tiny_demo: None, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_before_is_without_the_adapter(
         switches = (getattr(module, "disable_adapters", False) for module in model.modules())
         return "off" if any(switch is True for switch in switches) else "on"
 
-    monkeypatch.setattr(demo, "_answer", answer)
+    monkeypatch.setattr(demonstration, "_answer", answer)
     result = command("demo", "--output", tmp_path / "out", "--steps", 1, "--no-compare")
     assert result.exit_code == 0, result.output
     samples = json.loads((tmp_path / "out" / "demo.json").read_text())["samples"]
@@ -81,13 +81,13 @@ def test_somebody_elses_folder_is_not_taken(command: Command, tiny_demo: None, t
 
 
 def test_data_are_made_once_and_split_by_module(tiny_demo: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = demo.docstring_data()
+    folder = demonstration.docstring_data()
 
     def refuse(_folder: Path) -> list[docstrings.Pair]:
         raise AssertionError("collected again")
 
-    monkeypatch.setattr(demo, "collect_pairs", refuse)
-    assert demo.docstring_data() == folder
+    monkeypatch.setattr(demonstration, "collect_pairs", refuse)
+    assert demonstration.docstring_data() == folder
     train, held_out = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("train.jsonl", "held_out.jsonl")
@@ -99,9 +99,9 @@ def test_data_are_made_once_and_split_by_module(tiny_demo: None, monkeypatch: py
 
 
 def test_a_machine_without_python_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "standard_library", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(demonstration, "standard_library", lambda: tmp_path / "nothing")
     with pytest.raises(InputError, match="there are no functions with docstrings in"):
-        demo.docstring_data()
+        demonstration.docstring_data()
 
 
 # ---- the comparison

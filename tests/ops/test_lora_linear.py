@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isa_backends import ISA_BACKENDS, select
 from torch import Tensor
 
 import peftkern
@@ -25,18 +26,10 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
 WEIGHTS = ["dense", *sorted(FORMATS)]
 
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in cpu.isa_names())]
 
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ISA_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces one backend, and one instruction set of the CPU backend."""
-    name, _, isa = request.param.partition("-")
-    if isa:
-        if isa not in cpu.supported_isas():
-            pytest.skip(f"this processor does not run {isa}")
-        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, isa)
-    return str(name)
+    return select(request.param, monkeypatch)
 
 
 def compiled_anew() -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from isa_backends import ISA_BACKENDS, select
 from tensors import assert_same_bits, random_tensor
 from torch import Tensor
 
@@ -22,18 +23,10 @@ NATIVE_DTYPES = DTYPES[1:]
 SHAPES = [(), (1,), (15,), (64,), (65,), (255,), (256,), (257,), (2, 3, 127), (1000,), (5, 4099), (0,), (3, 0, 2)]
 LARGER_THAN_A_TASK = (3, 70001)
 
-BACKENDS = ["reference", *(f"cpu-{isa}" for isa in cpu.isa_names())]
 
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=ISA_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces one backend, and one instruction set of the CPU backend."""
-    name, _, isa = request.param.partition("-")
-    if isa:
-        if isa not in cpu.supported_isas():
-            pytest.skip(f"this processor does not run {isa}")
-        monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, isa)
-    return str(name)
+    return select(request.param, monkeypatch)
 
 
 def skip_what_the_backend_lacks(backend: str, dtype: torch.dtype) -> None:

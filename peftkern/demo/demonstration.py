@@ -15,11 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from peftkern.demo.compare import Comparison, compare_with_peer
+from peftkern.demo.docstrings import Pair, choose_varied, collect_pairs, split_by_module, standard_library
 from peftkern.finetune import run
 from peftkern.finetune.cache import cached
-from peftkern.finetune.compare import Comparison, compare_with_peer
 from peftkern.finetune.config import FinetuneConfig
-from peftkern.finetune.docstrings import Pair, choose_varied, collect_pairs, split_by_module, standard_library
 from peftkern.finetune.encoding import IGNORED, Example
 from peftkern.finetune.errors import InputError
 from peftkern.finetune.gguf import smollm2_file, smollm2_folder
