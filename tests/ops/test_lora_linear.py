@@ -96,7 +96,7 @@ def make_problem(
     double_quant: bool = False,
     positive: bool = False,
 ) -> Problem:
-    """Random inputs; ``positive`` ones leave no sum to cancel, so that a relative bound holds for single numbers too."""
+    """Random inputs; ``positive`` ones leave no sum to cancel, so a relative bound holds for single numbers too."""
     torch.manual_seed(3)
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
