@@ -17,8 +17,13 @@ from typing import Any, TypeVar
 
 logger = logging.getLogger("peftkern")
 
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backends from the most to the least preferred. The reference takes everything."""
+
+ELSEWHERE = "the tensors are on another device"
+"""The objection of a backend that serves other devices only: no reason to speak of a fallback."""
+
+_MODULES = ("peftkern.backends.cpu", "peftkern.backends.cuda", "peftkern.backends.triton.register")
 
 ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 
@@ -34,7 +39,8 @@ class BackendError(RuntimeError):
 class Implementation:
     """How one backend runs one operation.
 
-    ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them.
+    ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them;
+    :data:`ELSEWHERE` where the tensors are on a device that the backend is not for.
     """
 
     operation: str
@@ -93,7 +99,8 @@ def _required_parameters(function: Callable[..., Any]) -> int:
 
 @cache
 def _load_backends() -> None:
-    importlib.import_module("peftkern.backends.cpu")
+    for module in _MODULES:
+        importlib.import_module(module)
 
 
 def forced_backend() -> str | None:
@@ -153,7 +160,8 @@ def choose(operation: str, *args: Any, backend: str | None = None, **kwargs: Any
         objection = entries[name].supports(*args, **kwargs)
         if objection is None:
             return Choice(name, "; ".join(objections) or "first choice", entries[name].function)
-        objections.append(f"{name}: {objection}")
+        if objection != ELSEWHERE:
+            objections.append(f"{name}: {objection}")
     raise BackendError(f"{operation}: no backend takes this call ({'; '.join(objections)})")
 
 

@@ -1,0 +1,97 @@
+"""The one place where a Triton kernel is launched, or, on tensors without memory, only counted.
+
+Every launch names what it reads and writes, each byte once, so that :func:`recording` can add up the traffic of a whole
+training step on the ``meta`` device (``peftkern bench traffic-bytes``) by running the very code that a GPU runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: bytes read and written, each byte once, and floating-point operations."""
+
+    kernel: str
+    bytes_read: int
+    bytes_written: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one launch reads and writes. A tensor that is read and written stands in both."""
+
+    reads: Sequence[Tensor | None]
+    writes: Sequence[Tensor | None]
+    flops: int = 0
+
+
+_recordings: list[list[Launch]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches made inside. Tensors may then be on the ``meta`` device; nothing runs on those."""
+    launches: list[Launch] = []
+    _recordings.append(launches)
+    try:
+        yield launches
+    finally:
+        _recordings.remove(launches)
+
+
+def is_recording() -> bool:
+    """Whether some :func:`recording` is open."""
+    return bool(_recordings)
+
+
+def is_ours(tensor: Tensor) -> bool:
+    """Whether this backend is for ``tensor``: on a GPU, or without memory while launches are only counted."""
+    return tensor.is_cuda or (tensor.is_meta and is_recording())
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    traffic: Traffic,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
+) -> None:
+    """Launch ``kernel`` on the current stream of the device of its tensors.
+
+    Args:
+        kernel: a ``@triton.jit`` function.
+        grid: programs along each axis, at least one.
+        arguments: of the kernel, up to its constants; tuples of tensors and numbers included.
+        traffic: what is read and written.
+        num_warps: warps of one program.
+        num_stages: iterations whose loads are in flight.
+        constants: the kernel's ``tl.constexpr`` parameters.
+    """
+    tensors = [tensor for tensor in (*traffic.reads, *traffic.writes) if tensor is not None]
+    for recorded in _recordings:
+        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops))
+    if tensors[0].is_meta:
+        return
+    with _device_of(tensors[0]):
+        # Without contraction a product is rounded before it is added: what bit-identity to bitsandbytes needs.
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+
+
+def _bytes(tensors: Sequence[Tensor | None]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _device_of(tensor: Tensor) -> Any:
+    import torch
+
+    return torch.cuda.device_of(tensor)
