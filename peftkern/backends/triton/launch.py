@@ -6,7 +6,7 @@ training step on the ``meta`` device (``peftkern bench traffic-bytes``) by runni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,33 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a kernel was launched with: all that decides what Triton compiles it to.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        arguments, constants, num_warps, num_stages: as :func:`launch` takes them.
+    """
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Launch:
-    """One kernel launch: bytes read and written, each byte once, and floating-point operations."""
+    """One kernel launch: bytes read and written, each byte once, and floating-point operations.
+
+    ``call`` is there for tensors without memory only: it would keep the memory of others alive.
+    """
 
     kernel: str
     bytes_read: int
     bytes_written: int
     flops: int
+    call: Call | None
 
 
 @dataclass(frozen=True)
@@ -78,9 +98,11 @@ def launch(
         constants: the kernel's ``tl.constexpr`` parameters.
     """
     tensors = [tensor for tensor in (*traffic.reads, *traffic.writes) if tensor is not None]
+    counted_only = tensors[0].is_meta
+    call = Call(kernel, arguments, constants, num_warps, num_stages) if counted_only and _recordings else None
     for recorded in _recordings:
-        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops))
-    if tensors[0].is_meta:
+        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops, call))
+    if counted_only:
         return
     with _device_of(tensors[0]):
         # Without contraction a product is rounded before it is added: what bit-identity to bitsandbytes needs.
