@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+COMPILER_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": False}
+"""Without contraction a product is rounded before it is added: what bit-identity to bitsandbytes needs."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -105,8 +108,7 @@ def launch(
     if counted_only:
         return
     with _device_of(tensors[0]):
-        # Without contraction a product is rounded before it is added: what bit-identity to bitsandbytes needs.
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False)
+        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **COMPILER_OPTIONS)
 
 
 def _bytes(tensors: Sequence[Tensor | None]) -> int:
