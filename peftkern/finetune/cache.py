@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from peftkern.finetune.errors import describe_write_failures
+from peftkern.user_cache import ENVIRONMENT_VARIABLE, cache_folder
 
 logger = logging.getLogger("peftkern")
 
-ENVIRONMENT_VARIABLE = "PEFTKERN_CACHE"
 _MANIFEST = "manifest.json"
 _CHUNK = 1 << 22
-
-
-def cache_folder() -> Path:
-    """Where the cache lives: ``PEFTKERN_CACHE``, or ``peftkern`` in the user's cache folder. It need not exist."""
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    return Path(chosen).expanduser() if chosen else _user_cache() / "peftkern"
-
-
-def _user_cache() -> Path:
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    if xdg and Path(xdg).is_absolute():  # the specification ignores relative paths
-        return Path(xdg)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    return Path.home() / ".cache"
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peftkern.finetune.cache import cache_folder, cached
+from peftkern.finetune.cache import cached
 from peftkern.finetune.errors import InputError
+from peftkern.user_cache import cache_folder
 
 _MAGIC = b"GGUF"
 _SAMPLE_BYTES = 1 << 20

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from peftkern.finetune import gguf
-from peftkern.finetune.cache import cache_folder, cached
+from peftkern.finetune.cache import cached
 from peftkern.finetune.errors import InputError, RunError
+from peftkern.user_cache import cache_folder
 
 
 def build(folder: Path) -> None:
