@@ -18,12 +18,13 @@ JSON_FIELDS = ("name", "case", "ours", "peer", "unit", "ratio", "min", "max")
 
 RATIO_NOTE = (
     "Each side's figure is the median of samples taken in turn (peer, ours, peer, ours, ...). The ratio is that of the "
-    "two medians: peer/ours for times and ours/peer for rates (more is better), ours/peer for memory (less is better) "
-    "and for losses (1 is right); for a difference it is the largest difference itself. min and max are the smallest "
-    "and the largest ratio of a single pair of neighbouring samples."
+    "two medians: peer/ours for times and ours/peer for rates (more is better), ours/peer for memory and counts (less "
+    "is better) and for losses and shares (1 is right); for a difference it is the largest difference itself. min and "
+    "max are the smallest and the largest ratio of a single pair of neighbouring samples. Figures that are counted in "
+    "compiled kernels have no peer: beside ours stands the figure to reach."
 )
 
-_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
 def as_records(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def write_markdown(results: Sequence[Result], machine: str, path: Path) -> None:
 
 
 def write_chart(results: Sequence[Result], path: Path) -> None:
-    """Draw the ratios as bars, times and rates apart from memory. Losses and differences are not drawn."""
+    """Draw the ratios as bars: times and rates, memory, counts. Where 1 or 0 is right there is nothing to see."""
     figure = _draw(results)
     _write_whole(path, lambda file: figure.savefig(file, format="png", dpi=150, bbox_inches="tight"))
 
@@ -159,6 +160,7 @@ def _markdown_row(result: Result) -> str:
 _PANELS = (
     ("times as fast as the peer (more is better)", (Quantity.TIME, Quantity.RATE)),
     ("our memory / the peer's (less is better)", (Quantity.MEMORY,)),
+    ("our count / the peer's, or the figure to reach (less is better)", (Quantity.COUNT,)),
 )
 
 

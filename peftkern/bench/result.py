@@ -16,6 +16,8 @@ class Quantity(StrEnum):
     MEMORY = "memory"  # ratio = ours / peer: less is better
     LOSS = "loss"  # ratio = ours / peer: 1 is right
     DIFFERENCE = "difference"  # ratio = ours, the difference itself: 0 is right
+    COUNT = "count"  # ratio = ours / peer, or / what was to be reached: less is better
+    SHARE = "share"  # ratio = ours / peer, or / what was to be reached: 1 is right
 
 
 def _peer_over_ours(ours: float, peer: float) -> float:
@@ -46,6 +48,8 @@ _RULES = {
     Quantity.MEMORY: _Rule(_ours_over_peer, statistics.median),
     Quantity.LOSS: _Rule(_ours_over_peer, _last),
     Quantity.DIFFERENCE: _Rule(_ours_alone, max),
+    Quantity.COUNT: _Rule(_ours_over_peer, statistics.median),
+    Quantity.SHARE: _Rule(_ours_over_peer, statistics.mean),
 }
 
 
@@ -54,9 +58,9 @@ class Result:
     """One row of a benchmark.
 
     ``ours`` and ``peer`` are medians over the interleaved pairs (the last value for a loss, the largest for a
-    difference) in ``unit``. ``ratio`` is taken between these two; ``min`` and ``max`` are the smallest and largest
-    ratio of a single pair, that is of a peer's sample and the sample of ours that was taken right beside it. The
-    ratio always lies between them.
+    difference, the mean for a share) in ``unit``. ``ratio`` is taken between these two; ``min`` and ``max`` are the
+    smallest and largest ratio of a single pair, that is of a peer's sample and the sample of ours that was taken right
+    beside it. The ratio always lies between them.
     """
 
     name: str

@@ -14,7 +14,14 @@ pairs = st.lists(st.tuples(positive, positive), min_size=1, max_size=20)
 
 @pytest.mark.parametrize(
     ("quantity", "ratio"),
-    [(Quantity.TIME, 2.0), (Quantity.RATE, 0.5), (Quantity.MEMORY, 0.5), (Quantity.LOSS, 0.5)],
+    [
+        (Quantity.TIME, 2.0),
+        (Quantity.RATE, 0.5),
+        (Quantity.MEMORY, 0.5),
+        (Quantity.LOSS, 0.5),
+        (Quantity.COUNT, 0.5),
+        (Quantity.SHARE, 0.5),
+    ],
 )
 def test_direction_of_the_ratio(quantity: Quantity, ratio: float) -> None:
     result = summarise("n", "c", "u", quantity, [10.0, 10.0], [20.0, 20.0])
@@ -40,10 +47,15 @@ def test_difference_is_the_largest() -> None:
     assert (result.min, result.max) == (1e-6, 3e-6)
 
 
+def test_share_is_a_mean_and_its_minimum_shows_a_single_miss() -> None:
+    result = summarise("n", "c", "share", Quantity.SHARE, [1.0, 1.0, 0.0, 1.0], [1.0] * 4)
+    assert (result.ours, result.ratio, result.min, result.max) == (0.75, 0.75, 0.0, 1.0)
+
+
 @given(pairs)
 def test_ratio_lies_between_minimum_and_maximum(samples: list[tuple[float, float]]) -> None:
     ours, peer = [one for one, _ in samples], [other for _, other in samples]
-    for quantity in (Quantity.TIME, Quantity.RATE, Quantity.MEMORY, Quantity.LOSS):
+    for quantity in (Quantity.TIME, Quantity.RATE, Quantity.MEMORY, Quantity.LOSS, Quantity.COUNT, Quantity.SHARE):
         result = summarise("n", "c", "u", quantity, ours, peer)
         assert result.min * (1 - 1e-9) <= result.ratio <= result.max * (1 + 1e-9)
 
