@@ -118,7 +118,5 @@ def _estimated(product: Product, device: DeviceKey) -> Choice:
     limit = min(seconds.values()) * UNCERTAINTY
     path = next(path for path, value in seconds.items() if value <= limit)
     rival = min((other for other in seconds if other != path), key=seconds.__getitem__)
-    return Choice(
-        path,
-        f"estimated from the rates of {rates.model}: {seconds[path] * 1e6:.0f} us, against {seconds[rival] * 1e6:.0f} us {rival}",
-    )
+    ours, theirs = seconds[path] * 1e6, seconds[rival] * 1e6
+    return Choice(path, f"estimated from the rates of {rates.model}: {ours:.0f} us, {rival} {theirs:.0f} us")

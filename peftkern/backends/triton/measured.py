@@ -54,6 +54,12 @@ class Row:
     arithmetic: Arithmetic
     bands: tuple[Band, ...]
 
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What the row is about: all of it but the bands."""
+        sizes = (self.out_features, self.in_features, self.members)
+        return (self.direction, *sizes, self.quantized, self.arithmetic)
+
     def path(self, tokens: int) -> Path:
         """The fastest path that was measured for this number of tokens."""
         return next(band.path for band in self.bands if band.up_to is None or tokens <= band.up_to)
@@ -80,14 +86,17 @@ def find(product: Product, device: DeviceKey) -> Row | None:
 
 
 def save(rows: Sequence[Row], device: DeviceKey) -> FilePath:
-    """Write the table of ``device`` in place of the one that is there, all of it or nothing; returns the file.
+    """Write the table of ``device``, all of it or nothing; returns the file.
+
+    Rows of other products stay, if they were measured on this GPU with these versions.
 
     Raises:
         OSError: the file cannot be written.
     """
     file = table_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**_stamp(device), "rows": [asdict(row) for row in rows]}, indent=1)
+    kept = [row for row in _load(file, device) if row.subject not in {one.subject for one in rows}]
+    text = json.dumps({**_stamp(device), "rows": [asdict(row) for row in (*kept, *rows)]}, indent=1)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as out:
@@ -96,6 +105,7 @@ def save(rows: Sequence[Row], device: DeviceKey) -> FilePath:
     except BaseException:
         FilePath(temporary).unlink(missing_ok=True)
         raise
+    forget()
     return file
 
 
