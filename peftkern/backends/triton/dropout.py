@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.ops import dropout
+from peftkern.ops.dropout import keep_scale, threshold
 
 _GOLDEN_NUMBER = 0x9E3779B9
 _GOLDEN: tl.constexpr = tl.constexpr(_GOLDEN_NUMBER)
@@ -33,8 +33,8 @@ def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
     number = 0 if seed.is_meta else int(seed)
     stream = _mix_number(((number >> 32) + adapter * _GOLDEN_NUMBER) & 0xFFFFFFFF)
     # p = 1 has threshold 2^32, which is no 32-bit number; its scale of 0 drops what the greatest one lets through.
-    threshold = min(dropout.threshold(p), 0xFFFFFFFF)
-    return Mask(_signed(number & 0xFFFFFFFF), _signed(stream), _signed(threshold), dropout.keep_scale(p))
+    bound = min(threshold(p), 0xFFFFFFFF)
+    return Mask(_signed(number & 0xFFFFFFFF), _signed(stream), _signed(bound), keep_scale(p))
 
 
 def _mix_number(value: int) -> int:
@@ -50,7 +50,7 @@ def _signed(pattern: int) -> int:
 
 
 @triton.jit
-def _mix(value: Any) -> Any:
+def _mix(value):
     value = value ^ (value >> 16)
     value = value * 0x7FEB352D
     value = value ^ (value >> 15)
@@ -59,7 +59,7 @@ def _mix(value: Any) -> Any:
 
 
 @triton.jit
-def keep_factor(mask: Any, rows: Any, columns: Any) -> Any:
+def keep_factor(mask, rows, columns):
     """[rows, columns] float32: ``keep_scale`` where the element is kept, 0 where it is dropped."""
     seed_low = tl.to_tensor(mask[0]).to(tl.uint32, bitcast=True)
     stream = tl.to_tensor(mask[1]).to(tl.uint32, bitcast=True)

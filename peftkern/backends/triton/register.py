@@ -1,1 +1,145 @@
 """Enters the Triton kernels in the table of backends; imports PyTorch alone until a tensor on a GPU arrives."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import registry
+from peftkern.backends.triton.launch import is_ours
+from peftkern.formats import QuantizedTensor
+from peftkern.ops.lora_linear import Adapters, Weight
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why Triton cannot be used, or ``None``."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it with: pip install triton"
+    return None
+
+
+def _objection(tensor: Tensor) -> str | None:
+    if not is_ours(tensor):
+        return registry.ELSEWHERE
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < _LEAST_CAPABILITY:
+        return "the GPU is older than sm_80"
+    return unavailable_reason()
+
+
+def _objection_to_product(activations: Tensor, weights: Sequence[Weight]) -> str | None:
+    objection = _objection(activations)
+    if objection is not None:
+        return objection
+    if activations.dtype not in _DTYPES:
+        return f"{activations.dtype} activations"
+    for weight in weights:
+        if isinstance(weight, Tensor) and weight.dtype not in _DTYPES:
+            return f"a {weight.dtype} weight"
+        if 0 in weight.shape:
+            return "an empty weight"
+    return None
+
+
+# ---- quantize, dequantize
+
+
+def _supports_quantize(w: Tensor, *_rest: Any) -> str | None:
+    return _objection(w)
+
+
+@registry.register("quantize", "triton", supports=_supports_quantize)
+def quantize(w: Tensor, format: str = "nf4", block_size: int = 64, double_quant: bool = False) -> QuantizedTensor:
+    """See :func:`peftkern.ops.quantize.quantize`."""
+    from peftkern.backends.triton.quantize import quantize
+
+    return quantize(w, format, block_size, double_quant)
+
+
+def _supports_dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, *_rest: Any) -> str | None:
+    return "float64 results" if dtype == torch.float64 and is_ours(q.packed) else _objection(q.packed)
+
+
+@registry.register("dequantize", "triton", supports=_supports_dequantize)
+def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """See :func:`peftkern.ops.dequantize.dequantize`."""
+    from peftkern.backends.triton.dequantize import dequantize
+
+    return dequantize(q, dtype)
+
+
+# ---- lora_linear
+
+
+def _supports_forward(x: Tensor, weight: Weight, *_rest: Any) -> str | None:
+    return _objection_to_product(x, [weight])
+
+
+@registry.register("lora_linear", "triton", supports=_supports_forward)
+def lora_linear(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Forward; see :func:`peftkern.ops.lora_linear.lora_linear_reference` for shapes."""
+    from peftkern.backends.triton.lora_linear import lora_linear
+
+    return lora_linear(x, weight, adapters, bias)
+
+
+def _supports_backward(grad: Tensor, _x: Tensor | None, weight: Weight, *_rest: Any) -> str | None:
+    return _objection_to_product(grad, [weight])
+
+
+@registry.register("lora_linear_backward", "triton", supports=_supports_backward)
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.lora_linear.lora_linear_backward_reference` for shapes."""
+    from peftkern.backends.triton.lora_linear import lora_linear_backward
+
+    return lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
+
+
+def _supports_group(x: Tensor, members: Sequence[Any], *_rest: Any) -> str | None:
+    return _objection_to_product(x, [member.weight for member in members])
+
+
+@registry.register("lora_linear_group", "triton", supports=_supports_group)
+def lora_linear_group(x: Tensor, members: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
+    """Forward; see :mod:`peftkern.ops.lora_linear_group` for shapes."""
+    from peftkern.backends.triton.lora_linear import group_forward
+
+    return group_forward(x, members)
+
+
+def _supports_group_backward(
+    grads: Sequence[Tensor | None], _x: Tensor | None, members: Sequence[Any], *_rest: Any
+) -> str | None:
+    present = next(grad for grad in grads if grad is not None)
+    return _objection_to_product(present, [member.weight for member in members])
+
+
+@registry.register("lora_linear_group_backward", "triton", supports=_supports_group_backward)
+def lora_linear_group_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor | None,
+    members: Sequence[Any],
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]], list[list[Tensor | None]]]:
+    """Backward; see :mod:`peftkern.ops.lora_linear_group` for shapes."""
+    from peftkern.backends.triton.lora_linear import group_backward
+
+    return group_backward(grads, x, members, h, need_x, need_lora)

@@ -1,0 +1,142 @@
+"""Tile sizes, warps and stages of every kernel: one table, no autotuning, so that all of it compiles without a GPU.
+
+A row is picked by kernel, by the family of the architecture (how much shared memory a program may take, which matrix
+instructions there are) and by whether activations have 16 or 32 bits. ``peftkern bench aot-spills`` compiles every row
+for every architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from peftkern.backends.triton.paths import FEW_TOKENS
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities that kernels are compiled for."""
+
+GRADIENT_PARTS = 4
+"""Into at most this many parts the outputs are cut where a sum over all of them is wanted; readers add them up."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program computes.
+
+    Attributes:
+        tokens: rows of x or y.
+        columns: of the result; unused (0) by kernels whose result is as wide as the rank.
+        inner: extent of one step of the sum.
+        num_warps: of a program.
+        num_stages: steps whose loads are in flight.
+    """
+
+    tokens: int
+    columns: int
+    inner: int
+    num_warps: int
+    num_stages: int
+
+
+# What decides the rows: sm_80, 90 and 100 give a program 163 KiB of shared memory and more, sm_86, 89 and 120 give it 99.
+_LARGE, _SMALL = "163 KiB and more", "99 KiB"
+_FAMILY = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
+
+_TILES: dict[str, dict[tuple[str, int], Tile]] = {
+    # W decoded in the product: 128 tokens share the decoding of a value
+    "fused": {
+        (_LARGE, 16): Tile(128, 128, 64, 8, 3),
+        (_SMALL, 16): Tile(128, 128, 64, 8, 2),
+        (_LARGE, 32): Tile(64, 64, 32, 8, 2),
+        (_SMALL, 32): Tile(64, 64, 32, 8, 2),
+    },
+    # W dense: registers hold nothing but the result, so the tile can be larger
+    "dense": {
+        (_LARGE, 16): Tile(128, 256, 64, 8, 3),
+        (_SMALL, 16): Tile(128, 128, 32, 8, 4),
+        (_LARGE, 32): Tile(64, 64, 32, 8, 2),
+        (_SMALL, 32): Tile(64, 64, 32, 8, 2),
+    },
+    # one tile of tokens; columns few, so that many programs share the reading of W
+    "few": {
+        (_LARGE, 16): Tile(FEW_TOKENS, 32, 128, 4, 3),
+        (_SMALL, 16): Tile(FEW_TOKENS, 32, 128, 4, 2),
+        (_LARGE, 32): Tile(FEW_TOKENS, 32, 64, 4, 2),
+        (_SMALL, 32): Tile(FEW_TOKENS, 32, 64, 4, 2),
+    },
+    # x Aᵀ: bound by reading x, so few tokens a program, many programs
+    "project": {
+        (_LARGE, 16): Tile(16, 0, 128, 4, 4),
+        (_SMALL, 16): Tile(16, 0, 128, 4, 4),
+        (_LARGE, 32): Tile(16, 0, 64, 4, 3),
+        (_SMALL, 32): Tile(16, 0, 64, 4, 3),
+    },
+    # dY B and dYᵀ h: the more tokens a program takes, the fewer parts of dB are written
+    "pull": {
+        (_LARGE, 16): Tile(256, 0, 64, 8, 2),
+        (_SMALL, 16): Tile(128, 0, 64, 8, 2),
+        (_LARGE, 32): Tile(64, 0, 32, 4, 2),
+        (_SMALL, 32): Tile(64, 0, 32, 4, 2),
+    },
+    # gᵀ x: a program takes a strip of x's columns over all tokens
+    "push": {
+        (_LARGE, 16): Tile(64, 64, 0, 4, 4),
+        (_SMALL, 16): Tile(64, 64, 0, 4, 3),
+        (_LARGE, 32): Tile(32, 64, 0, 4, 3),
+        (_SMALL, 32): Tile(32, 64, 0, 4, 2),
+    },
+}
+
+
+def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, rank: int = 0) -> Tile:
+    """The row for a call.
+
+    Args:
+        kernel: ``"fused"``, ``"dense"``, ``"few"``, ``"project"``, ``"pull"`` or ``"push"``.
+        architecture: compute capability, for example 90; one that is not in the table takes the next lower one's row.
+        dtype: of the activations.
+        tokens: of the call. A tile holds no more than the next power of two.
+        rank: padded rank of the adapters that share a program; large ones take fewer tokens or columns.
+
+    Raises:
+        ValueError: the architecture is older than sm_80.
+    """
+    family = _FAMILY[_known(architecture)]
+    tile = _TILES[kernel][family, 8 * dtype.itemsize]
+    small = min(tile.tokens, max(16, _next_power_of_two(tokens)))
+    tile = replace(tile, tokens=small)
+    return _narrowed(tile, rank) if rank > 64 else tile
+
+
+def _known(architecture: int) -> int:
+    known = [entry for entry in ARCHITECTURES if entry <= architecture]
+    if not known:
+        raise ValueError(f"tile_for: architecture must be at least {ARCHITECTURES[0]}, got {architecture}")
+    return known[-1]
+
+
+def _narrowed(tile: Tile, rank: int) -> Tile:
+    """Results as wide as a large rank fill the registers: fewer rows of them."""
+    del rank
+    return replace(tile, tokens=min(tile.tokens, 64), columns=min(tile.columns, 64), num_stages=2)
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def token_parts(tokens: int, tiles: int, architecture: int) -> int:
+    """Into how many parts the tokens are cut so that ``tiles`` programs per part fill a large GPU once."""
+    del architecture
+    wanted = -(-_PROGRAMS // max(tiles, 1))
+    return max(1, min(wanted, tokens // 256))
+
+
+_PROGRAMS = 48
+"""Programs below which a sum over all tokens is cut into parts; above, its reading of x is bound by memory."""
+
+
+def inner_parts(tiles: int, steps: int) -> int:
+    """Into how many parts a sum of ``steps`` steps is cut so that few tokens' ``tiles`` fill a large GPU twice."""
+    return max(1, min(-(-256 // max(tiles, 1)), steps // 4, 16))

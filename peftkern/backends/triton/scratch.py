@@ -1,0 +1,42 @@
+"""One buffer per device and stream that decoded weights pass through, shared by all layers.
+
+A weight is decoded into it, multiplied, and then overwritten by the next. Everything happens in the order of one
+stream, so nothing waits; another stream has another buffer. ``unpatch`` frees them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_buffers: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def scratch(like: Tensor, elements: int) -> Tensor:
+    """A flat, uninitialised buffer of at least ``elements`` elements of ``like``'s dtype, on its device.
+
+    It holds what was written until the next call on the same stream.
+    """
+    if like.is_meta:
+        return like.new_empty(elements)
+    key = (like.device, stream_of(like))
+    wanted = elements * like.element_size()
+    buffer = _buffers.get(key)
+    if buffer is None or buffer.numel() < wanted:
+        _buffers[key] = buffer = torch.empty(wanted, dtype=torch.uint8, device=like.device)
+    return buffer[:wanted].view(like.dtype)
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of the tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def free_scratch() -> None:
+    """Give the buffers back to PyTorch's allocator, which waits for the streams that use them."""
+    _buffers.clear()
+
+
+def scratch_bytes() -> int:
+    """Bytes held by all buffers."""
+    return sum(buffer.numel() for buffer in _buffers.values())
