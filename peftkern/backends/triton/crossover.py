@@ -15,10 +15,9 @@ import torch
 
 from peftkern.backends.triton import measured
 from peftkern.backends.triton.devices import DeviceKey, assumed, device_key, rates_of
+from peftkern.backends.triton.paths import FEW_TOKENS, Path
 from peftkern.backends.triton.roofline import (
-    FEW_TOKENS,
     Direction,
-    Path,
     Product,
     arithmetic_of,
     estimate,

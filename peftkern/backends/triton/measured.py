@@ -22,7 +22,8 @@ import torch
 
 from peftkern._version import __version__
 from peftkern.backends.triton.devices import DeviceKey
-from peftkern.backends.triton.roofline import Arithmetic, Direction, Path, Product
+from peftkern.backends.triton.paths import Path
+from peftkern.backends.triton.roofline import Arithmetic, Direction, Product
 from peftkern.user_cache import cache_folder
 
 logger = logging.getLogger("peftkern")

@@ -5,8 +5,8 @@ takes one launch after the other, and each launch takes what the slowest of its 
 
     launch  = max(bytes / B, FLOPs / F + decoding instructions / I) + OVERHEAD
 
-    few     = product(codes once; partial sums written and read) + sum of them
-    fused   = project + product(codes; every weight decoded again for every 128 tokens)
+    few     = product(codes once) [+ partial sums, written by it and added up by one more launch]
+    fused   = project + product(codes; every weight decoded again for every tile of tokens)
     staged  = decode + project + product(decoded W)
     vendor  = decode + project + adapter(writes the result) + a product of the vendor per layer (reads and writes it)
 
@@ -14,8 +14,8 @@ takes one launch after the other, and each launch takes what the slowest of its 
   are **assumptions**, named so because nothing here was timed: ``peftkern tune`` replaces them by measurements.
 * Decoding and multiplying add up: the multiplications of a tile wait until it is decoded, and registers leave room for
   one or two blocks per multiprocessor, so that hardly another block fills the gap.
-* Our products run in tiles of 128 x 128 and in waves of one tile per multiprocessor; a multiprocessor without a tile
-  counts as busy. The vendor's library is assumed to cut small products so that all are busy.
+* Our products run in the tiles of :mod:`configurations`, in waves of one tile per multiprocessor; a multiprocessor
+  without a tile counts as busy. The vendor's library is assumed to cut small products so that all are busy.
 * *project* is the kernel in front that multiplies x with the adapters' A; the backward pass has none there.
 * *decode* writes W in the dtype of the activations. Dense weights have no decode launch, and are never fused.
 
@@ -26,34 +26,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 import torch
 
+from peftkern.backends.triton.configurations import Tile, inner_parts, tile_for
 from peftkern.backends.triton.devices import Rates
-
-
-class Path(StrEnum):
-    """A way to compute a product.
-
-    * ``FEW``: one kernel reads the codes, decodes them and computes the adapters' part; K is split, and the partial
-      sums are added in a fixed order. Up to 64 tokens.
-    * ``FUSED``: the codes are decoded inside the product. Weights that need decoding alone.
-    * ``STAGED``: one launch decodes all members into the scratch buffer, then our product runs on that; on dense
-      weights, our product runs on the weights as they lie.
-    * ``VENDOR``: the same scratch buffer (or the dense weights); the adapters' part is written to the result first, and
-      the vendor's product is added to it.
-    """
-
-    FEW = "few"
-    FUSED = "fused"
-    STAGED = "staged"
-    VENDOR = "vendor"
-
-
-FEW_TOKENS = 64
-"""The greatest number of tokens that ``Path.FEW`` takes."""
+from peftkern.backends.triton.paths import FEW_TOKENS, Path
 
 Direction = Literal["forward", "backward"]
 Arithmetic = Literal["half", "tf32", "single"]
@@ -70,7 +49,6 @@ ISSUE_FRACTION = 0.7
 OVERHEAD = 4e-6
 """Seconds per launch."""
 
-_TILE = 128
 _PACKED = 0.5 + 4 / 64
 """Bytes per weight: 4 bits, and a float32 scale for each 64."""
 _WARP = 32
@@ -159,24 +137,27 @@ def estimate(path: Path, product: Product, rates: Rates) -> float:
 
 
 def _few(product: Product, rates: Rates) -> float:
-    splits = _cdiv(rates.multiprocessors, _cdiv(product.columns, _TILE))
-    partial = 4 * splits * product.tokens * product.columns
-    moved = product.weight_bytes + product.operand_bytes + partial
+    tile = _tile("few", product, rates)
+    parts = inner_parts(_cdiv(product.columns, tile.columns), _cdiv(product.depth, tile.inner))
+    partial = 4 * parts * product.tokens * product.columns if parts > 1 else 0
+    written = partial if partial else product.result_bytes
     compute = product.flops / _own_rate(product, rates)
     decode = _decode_seconds(product, rates) if product.quantized else 0.0
-    return _launch(rates, moved, compute + decode) + _launch(rates, partial + product.result_bytes)
+    sum_parts = _launch(rates, partial + product.result_bytes) if partial else 0.0
+    return _launch(rates, product.weight_bytes + product.operand_bytes + written, compute + decode) + sum_parts
 
 
 def _fused(product: Product, rates: Rates) -> float:
-    repeats = _cdiv(product.tokens, _TILE) * _idle(product, rates)
-    decode = _decode_seconds(product, rates) * repeats
+    tile = _tile("fused", product, rates)
+    repeats = _cdiv(product.tokens, tile.tokens) * _idle(product, tile, rates)
+    compute = _own_seconds(product, tile, rates) + _decode_seconds(product, rates) * repeats
     moved = product.weight_bytes + product.operand_bytes + product.result_bytes
-    return _project(product, rates) + _launch(rates, moved, _own_seconds(product, rates) + decode)
+    return _project(product, rates) + _launch(rates, moved, compute)
 
 
 def _staged(product: Product, rates: Rates) -> float:
     moved = product.weights * product.element + product.operand_bytes + product.result_bytes
-    ours = _launch(rates, moved, _own_seconds(product, rates))
+    ours = _launch(rates, moved, _own_seconds(product, _tile("dense", product, rates), rates))
     return _decode(product, rates) + _project(product, rates) + ours
 
 
@@ -229,16 +210,23 @@ def _own_rate(product: Product, rates: Rates) -> float:
     return _rate(product, rates) * VENDOR_FRACTION * own
 
 
-def _own_seconds(product: Product, rates: Rates) -> float:
+def _tile(kernel: str, product: Product, rates: Rates) -> Tile:
+    major, minor = rates.capability
+    dtype = torch.bfloat16 if product.arithmetic == "half" else torch.float32
+    return tile_for(kernel, 10 * major + minor, dtype, product.tokens)
+
+
+def _own_seconds(product: Product, tile: Tile, rates: Rates) -> float:
     """Arithmetic of our product, in whole tiles and whole waves."""
-    rows = _cdiv(product.tokens, _TILE) * _TILE
-    padded = 2 * rows * _cdiv(product.columns, _TILE) * _TILE * product.depth
-    return padded / _own_rate(product, rates) * _idle(product, rates)
+    rows = _cdiv(product.tokens, tile.tokens) * tile.tokens
+    columns = _cdiv(product.columns, tile.columns) * tile.columns
+    padded = 2 * rows * columns * product.depth
+    return padded / _own_rate(product, rates) * _idle(product, tile, rates)
 
 
-def _idle(product: Product, rates: Rates) -> float:
+def _idle(product: Product, tile: Tile, rates: Rates) -> float:
     """How much longer the waves take than if every multiprocessor were always busy."""
-    tiles = _cdiv(product.tokens, _TILE) * _cdiv(product.columns, _TILE)
+    tiles = _cdiv(product.tokens, tile.tokens) * _cdiv(product.columns, tile.columns)
     waves = _cdiv(tiles, rates.multiprocessors)
     return waves * rates.multiprocessors / tiles
 
