@@ -67,7 +67,8 @@ def recording() -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        _recordings.remove(launches)
+        # by identity: lists compare equal when the same was launched in both
+        _recordings[:] = [recorded for recorded in _recordings if recorded is not launches]
 
 
 def is_recording() -> bool:
