@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from peftkern.bench.errors import BenchError
 from peftkern.finetune.errors import InputError, InterruptedRunError, RunError
+from peftkern.tune.errors import TuneError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -24,7 +25,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         _leave(error, str(error), BAD_INPUT, debug)
     except InterruptedRunError as error:
         _leave(error, str(error), INTERRUPTED, debug)
-    except (RunError, BenchError) as error:
+    except (RunError, BenchError, TuneError) as error:
         _leave(error, str(error), FAILED, debug)
     except KeyboardInterrupt as error:
         _leave(error, "interrupted", INTERRUPTED, debug)

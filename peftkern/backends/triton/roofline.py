@@ -5,7 +5,7 @@ takes one launch after the other, and each launch takes what the slowest of its 
 
     launch  = max(bytes / B, FLOPs / F + decoding instructions / I) + OVERHEAD
 
-    few     = product(codes once) [+ partial sums, written by it and added up by one more launch]
+    few     = product(codes once) [+ partial sums, of the result and forward of h, added up by a launch each]
     fused   = project + product(codes; every weight decoded again for every tile of tokens)
     staged  = decode + project + product(decoded W)
     vendor  = decode + project + adapter(writes the result) + a product of the vendor per layer (reads and writes it)
@@ -143,8 +143,11 @@ def _few(product: Product, rates: Rates) -> float:
     written = partial if partial else product.result_bytes
     compute = product.flops / _own_rate(product, rates)
     decode = _decode_seconds(product, rates) if product.quantized else 0.0
-    sum_parts = _launch(rates, partial + product.result_bytes) if partial else 0.0
-    return _launch(rates, product.weight_bytes + product.operand_bytes + written, compute + decode) + sum_parts
+    seconds = _launch(rates, product.weight_bytes + product.operand_bytes + written, compute + decode)
+    if not partial:
+        return seconds
+    sum_of_h = _launch(rates, 0.0) if product.direction == "forward" else 0.0
+    return seconds + _launch(rates, partial + product.result_bytes) + sum_of_h
 
 
 def _fused(product: Product, rates: Rates) -> float:
