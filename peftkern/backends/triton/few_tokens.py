@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
-from peftkern.backends.triton.decode import load_masked, load_table, load_tile
+from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.project import add_projection
@@ -86,7 +86,7 @@ def few_tokens_kernel(
     outputs = tl.minimum(out_rows, out_count - 1).to(tl.int64)
     chosen = select_weight(weight, member, MEMBERS)
     row_stride = select(row_strides, member, MEMBERS)
-    table = load_table(chosen, FORMAT)
+    tables = load_tables(chosen, FORMAT, NESTED_BLOCK_SIZE)
     inner = tl.arange(0, BLOCK_IN)
     x_pointers = x + rows[:, None] * x_stride + inner[None, :]
     total = tl.zeros((BLOCK_TOKENS, BLOCK_OUT), tl.float32)
@@ -104,11 +104,12 @@ def few_tokens_kernel(
         left = load_masked(x_pointers + first, mask, 0.0)
         right = load_tile(
             chosen,
-            table,
+            tables,
             row_stride,
             outputs,
             first,
             in_features,
+            DTYPE,
             BLOCK_IN,
             MASK_IN,
             FORMAT,
@@ -116,7 +117,7 @@ def few_tokens_kernel(
             NESTED_BLOCK_SIZE,
             WHOLE_BLOCKS,
         )
-        total = tl.dot(left, tl.trans(right.to(DTYPE)), total, input_precision=PRECISION)
+        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
         if ADAPTERS > 0:
             inner_sum = add_projection(
                 inner_sum,

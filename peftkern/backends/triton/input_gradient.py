@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
-from peftkern.backends.triton.decode import load_table, load_tile
+from peftkern.backends.triton.decode import load_tables, load_tile
 from peftkern.backends.triton.dropout import keep_factor
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.paths import FEW_TOKENS
@@ -121,7 +121,7 @@ def input_gradient_kernel(
     inputs = in_tile * BLOCK_IN + tl.arange(0, BLOCK_IN)
     total = tl.zeros((BLOCK_TOKENS, BLOCK_IN), tl.float32)
     if BASE:
-        table = load_table(weight, FORMAT)
+        tables = load_tables(weight, FORMAT, NESTED_BLOCK_SIZE)
         for member in tl.static_range(MEMBERS):
             chosen = (
                 weight[0][member],
@@ -145,11 +145,12 @@ def input_gradient_kernel(
                 outputs = tl.minimum(first + numbers, out_count - 1).to(tl.int64)
                 right = load_tile(
                     chosen,
-                    table,
+                    tables,
                     row_strides[member],
                     outputs,
                     in_tile * BLOCK_IN,
                     in_features,
+                    DTYPE,
                     BLOCK_IN,
                     MASK_IN,
                     FORMAT,
@@ -157,7 +158,7 @@ def input_gradient_kernel(
                     NESTED_BLOCK_SIZE,
                     WHOLE_BLOCKS,
                 )
-                total = tl.dot(left, right.to(DTYPE), total, input_precision=PRECISION)
+                total = tl.dot(left, right, total, input_precision=PRECISION)
     exists = (inputs < in_features)[None, :]
     if ADAPTERS > 0:
         if part == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile
-from peftkern.backends.triton.decode import load_masked, load_table, load_tile
+from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.weights import WeightArguments
@@ -105,7 +105,7 @@ def product_kernel(
     if BASE:
         chosen = select_weight(weight, member, MEMBERS)
         row_stride = select(row_strides, member, MEMBERS)
-        table = load_table(chosen, FORMAT)
+        tables = load_tables(chosen, FORMAT, NESTED_BLOCK_SIZE)
         inner = tl.arange(0, BLOCK_IN)
         x_pointers = x + rows[:, None] * x_stride + inner[None, :]
         for first in range(0, in_features, BLOCK_IN):
@@ -115,11 +115,12 @@ def product_kernel(
             left = load_masked(x_pointers + first, mask, 0.0)
             right = load_tile(
                 chosen,
-                table,
+                tables,
                 row_stride,
                 outputs,
                 first,
                 in_features,
+                DTYPE,
                 BLOCK_IN,
                 MASK_IN,
                 FORMAT,
@@ -127,7 +128,7 @@ def product_kernel(
                 NESTED_BLOCK_SIZE,
                 WHOLE_BLOCKS,
             )
-            total = tl.dot(left, tl.trans(right.to(DTYPE)), total, input_precision=PRECISION)
+            total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
     for adapter in tl.static_range(ADAPTERS):
         total = add_low_rank(
             total,
