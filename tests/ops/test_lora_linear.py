@@ -13,16 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from isa_backends import ISA_BACKENDS, select
+from lora_problem import TOLERANCE, Problem, assert_agrees, make_problem, relative_error
 from torch import Tensor
 
 import peftkern
 from peftkern import ops
 from peftkern.backends import cpu, registry
 from peftkern.formats import FORMATS, QuantizedTensor
-from peftkern.ops.lora_linear import Adapters, _flatten_weight, is_plain_eager
+from peftkern.ops.lora_linear import Adapters, flatten_weight, is_plain_eager
 
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
-"""Relative error ‖out - ref‖ / ‖ref‖ against float64."""
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
 WEIGHTS = ["dense", *sorted(FORMATS)]
 
@@ -36,93 +35,6 @@ def compiled_anew() -> Any:
     """The compiled operation; graphs of other tests, which have a limit, are forgotten."""
     torch.compiler.reset()
     return torch.compile(ops.lora_linear, fullgraph=True, backend="aot_eager")
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    assert out.shape == reference.shape
-    difference, scale = (out.double() - reference).norm(), reference.norm()
-    return float(difference / scale) if scale > 0 else float(difference)
-
-
-@dataclasses.dataclass
-class Problem:
-    """Inputs of one call, and the gradient that comes back."""
-
-    x: Tensor
-    weight: Tensor | QuantizedTensor
-    lora_A: list[Tensor]
-    lora_B: list[Tensor]
-    scaling: list[float]
-    bias: Tensor | None
-    dropout_p: list[float]
-    grad: Tensor
-
-    def double(self) -> Problem:
-        weight = self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.double()
-        bias = None if self.bias is None else self.bias.double()
-        lora_A, lora_B = [a.double() for a in self.lora_A], [b.double() for b in self.lora_B]
-        return dataclasses.replace(
-            self, x=self.x.double(), weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias, grad=self.grad.double()
-        )
-
-    def run(self, backend: str, seed: int = 11) -> dict[str, Tensor]:
-        def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-
-        x, lora_A, lora_B = leaf(self.x), [leaf(a) for a in self.lora_A], [leaf(b) for b in self.lora_B]
-        bias = None if self.bias is None else leaf(self.bias)
-        torch.manual_seed(seed)
-        adapters: tuple[Any, ...] = (lora_A, lora_B) if lora_A else (None, None)
-        y = ops.lora_linear(x, self.weight, *adapters, self.scaling, bias, self.dropout_p, backend=backend)
-        y.backward(self.grad)
-        assert y.dtype == x.dtype
-        results = {"y": y.detach(), "x": x.grad}
-        results |= {f"A{i}": a.grad for i, a in enumerate(lora_A)} | {f"B{i}": b.grad for i, b in enumerate(lora_B)}
-        if bias is not None:
-            results["bias"] = bias.grad
-        return results
-
-
-def make_problem(
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    ranks: list[int],
-    weight: str = "nf4",
-    dtype: torch.dtype = torch.float32,
-    dropout_p: float = 0.0,
-    bias: bool = True,
-    block_size: int = 64,
-    double_quant: bool = False,
-    positive: bool = False,
-) -> Problem:
-    """Random inputs; ``positive`` ones leave no sum to cancel, so a relative bound holds for single numbers too."""
-    torch.manual_seed(3)
-
-    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = torch.randn(*shape, dtype=dtype)
-        return values.abs() if positive else values
-
-    dense = randn(out_features, in_features) * 0.05
-    return Problem(
-        x=randn(tokens, in_features, dtype=dtype),
-        weight=dense.to(dtype) if weight == "dense" else ops.quantize(dense, weight, block_size, double_quant),
-        lora_A=[randn(r, in_features) for r in ranks],
-        lora_B=[randn(out_features, r) * 0.1 for r in ranks],
-        scaling=[0.5 + i for i in range(len(ranks))],
-        bias=randn(out_features) if bias else None,
-        dropout_p=[dropout_p] * len(ranks),
-        grad=randn(tokens, out_features, dtype=dtype),
-    )
-
-
-def assert_agrees(problem: Problem, backend: str) -> None:
-    truth = problem.double().run("reference")
-    results = problem.run(backend)
-    assert results.keys() == truth.keys()
-    errors = {name: relative_error(results[name], truth[name]) for name in truth}
-    tolerance = TOLERANCE[problem.x.dtype]
-    assert all(error <= tolerance for error in errors.values()), errors
 
 
 SHAPES = [  # tokens, in, out, rank
@@ -552,7 +464,7 @@ def test_compiles_as_one_graph(backend: str, dropout_p: float) -> None:
 def _operator_arguments(problem: Problem) -> list[Any]:
     """Those of ``torch.ops.peftkern.lora_linear``."""
     adapters = (problem.lora_A, problem.lora_B, problem.scaling, problem.dropout_p, torch.tensor(1234))
-    return [problem.x, *_flatten_weight(problem.weight), *adapters, problem.bias, None]
+    return [problem.x, *flatten_weight(problem.weight), *adapters, problem.bias, None]
 
 
 def _backward_operator_arguments(problem: Problem) -> list[Any]:
@@ -571,7 +483,7 @@ def _shortened(weight: Tensor | QuantizedTensor, field: str) -> Tensor | Quantiz
 @pytest.mark.parametrize("field", ["packed", "scales"])
 def test_the_raw_operators_refuse_a_weight_shorter_than_its_shape(weight: str, field: str) -> None:
     problem = make_problem(9, 128, 96, [8], weight)
-    short = _flatten_weight(_shortened(problem.weight, field))
+    short = flatten_weight(_shortened(problem.weight, field))
     message = r"must be \[out_features, in_features\]" if weight == "dense" else f"QuantizedTensor: {field} must have"
     forward, backward = _operator_arguments(problem), _backward_operator_arguments(problem)
     forward[1:8], backward[2:9] = short[:7], short[:7]  # all but the shape
@@ -609,7 +521,7 @@ def test_operator_contract(backend: str, weight: str) -> None:
     leaves = [t.requires_grad_() for t in (*problem.lora_A, *problem.lora_B)]
     arguments = (
         problem.x.requires_grad_(),
-        *_flatten_weight(problem.weight),
+        *flatten_weight(problem.weight),
         leaves[:2],
         leaves[2:],
         problem.scaling,
@@ -890,7 +802,7 @@ def test_forced_backend_that_cannot_run_raises() -> None:
     with pytest.raises(registry.BackendError, match=r"'cpu' was forced and cannot run this call: torch.float64"):
         _call(x=torch.zeros(2, 64, dtype=torch.float64), backend="cpu")
     for name in ("nonsense", ""):
-        with pytest.raises(registry.BackendError, match=f"backend must be one of cpu, reference; got '{name}'"):
+        with pytest.raises(registry.BackendError, match=f"backend must be one of cuda, triton, cpu, reference; got '{name}'"):
             _call(backend=name)
 
 
