@@ -19,14 +19,15 @@ COMPILER_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": False}
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel was launched with: all that decides what Triton compiles it to.
+    """What a kernel was launched with: all that decides what Triton compiles it to, and what :func:`repeat` needs.
 
     Attributes:
         kernel: the ``@triton.jit`` function.
-        arguments, constants, num_warps, num_stages: as :func:`launch` takes them.
+        grid, arguments, constants, num_warps, num_stages: as :func:`launch` takes them.
     """
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: Mapping[str, Any]
     num_warps: int
@@ -37,7 +38,7 @@ class Call:
 class Launch:
     """One kernel launch: bytes read and written, each byte once, and floating-point operations.
 
-    ``call`` is there for tensors without memory only: it would keep the memory of others alive.
+    ``call`` is there for tensors without memory, and where the recording keeps it: it keeps memory alive.
     """
 
     kernel: str
@@ -56,13 +57,22 @@ class Traffic:
     flops: int = 0
 
 
-_recordings: list[list[Launch]] = []
+class _Recording(list[Launch]):
+    def __init__(self, keep_calls: bool) -> None:
+        super().__init__()
+        self.keep_calls = keep_calls
+
+
+_recordings: list[_Recording] = []
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches made inside. Tensors may then be on the ``meta`` device; nothing runs on those."""
-    launches: list[Launch] = []
+def recording(keep_calls: bool = False) -> Iterator[list[Launch]]:
+    """Collect the launches made inside. Tensors may then be on the ``meta`` device; nothing runs on those.
+
+    With ``keep_calls`` launches on a GPU can be repeated; their memory lives as long as what was collected.
+    """
+    launches = _Recording(keep_calls)
     _recordings.append(launches)
     try:
         yield launches
@@ -102,14 +112,21 @@ def launch(
         constants: the kernel's ``tl.constexpr`` parameters.
     """
     tensors = [tensor for tensor in (*traffic.reads, *traffic.writes) if tensor is not None]
+    call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
     counted_only = tensors[0].is_meta
-    call = Call(kernel, arguments, constants, num_warps, num_stages) if counted_only and _recordings else None
     for recorded in _recordings:
-        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops, call))
+        kept = call if counted_only or recorded.keep_calls else None
+        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops, kept))
     if counted_only:
         return
     with _device_of(tensors[0]):
-        kernel[grid](*arguments, **constants, num_warps=num_warps, num_stages=num_stages, **COMPILER_OPTIONS)
+        repeat(call)
+
+
+def repeat(call: Call) -> None:
+    """Launch again what :func:`launch` has launched on the current device, on its current stream."""
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **COMPILER_OPTIONS}
+    call.kernel[call.grid](*call.arguments, **call.constants, **options)
 
 
 def _bytes(tensors: Sequence[Tensor | None]) -> int:
