@@ -802,7 +802,8 @@ def test_forced_backend_that_cannot_run_raises() -> None:
     with pytest.raises(registry.BackendError, match=r"'cpu' was forced and cannot run this call: torch.float64"):
         _call(x=torch.zeros(2, 64, dtype=torch.float64), backend="cpu")
     for name in ("nonsense", ""):
-        with pytest.raises(registry.BackendError, match=f"backend must be one of cuda, triton, cpu, reference; got '{name}'"):
+        message = f"backend must be one of cuda, triton, cpu, reference; got '{name}'"
+        with pytest.raises(registry.BackendError, match=message):
             _call(backend=name)
 
 
@@ -823,7 +824,7 @@ def test_forced_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
     assert registry.choose("lora_linear", x, weight).backend == "reference"
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "gpu")
-    with pytest.raises(registry.BackendError, match="PEFTKERN_BACKEND must be one of cpu, reference; got 'gpu'"):
+    with pytest.raises(registry.BackendError, match="PEFTKERN_BACKEND must be one of cuda, triton, cpu, reference; got 'gpu'"):
         registry.choose("lora_linear", x, weight)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "cpu")
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "mmx")

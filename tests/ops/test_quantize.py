@@ -255,7 +255,7 @@ def test_int8_has_no_double_quantization() -> None:
 
 
 def test_unknown_backend_is_refused() -> None:
-    with pytest.raises(registry.BackendError, match="backend must be one of cpu, reference"):
+    with pytest.raises(registry.BackendError, match="backend must be one of cuda, triton, cpu, reference"):
         ops.quantize(torch.ones(4, 64), backend="abacus")
 
 
