@@ -45,6 +45,7 @@ class Benchmark:
 
 
 _BOTH_ALLOCATORS = (AS_SHIPPED, ALLOCATOR_TUNED)
+_COUNTED = ("peft", "bitsandbytes", "triton")
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     benchmark.name: benchmark
@@ -88,6 +89,24 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "loss-parity",
             "the loss over 20 seeded training steps of SmolLM2-135M, fp32 at precision 'highest'",
             "peftkern.bench.loss:cases",
+        ),
+        Benchmark(
+            "traffic-launches",
+            "launches of the 7 LoRA linears of a Llama-3-8B layer, forward and backward, counted and not timed",
+            "peftkern.bench.traffic.cases:launches",
+            packages=_COUNTED,
+        ),
+        Benchmark(
+            "traffic-bytes",
+            "bytes that they move at 2048 tokens",
+            "peftkern.bench.traffic.cases:moved_bytes",
+            packages=_COUNTED,
+        ),
+        Benchmark(
+            "traffic-saved",
+            "memory that they keep for the backward pass",
+            "peftkern.bench.traffic.cases:saved",
+            packages=_COUNTED,
         ),
     )
 }

@@ -1,0 +1,76 @@
+"""Cases of ``traffic-launches``, ``traffic-bytes`` and ``traffic-saved``: the linear layers of one decoder layer.
+
+Counted and not timed: every launch reads and writes memory once for each of its operands, however well a cache would
+serve it, on both sides alike. Our paths are those that an H100 would take. bitsandbytes takes the same on every GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from peftkern.backends.triton import devices
+from peftkern.bench.case import Measurement
+from peftkern.bench.result import Quantity
+from peftkern.bench.traffic.counter import Step
+from peftkern.bench.traffic.layer import LLAMA_3_8B, TOKENS, Shape, count_step, our_layer, peer_layer
+from peftkern.bench.traffic.linears import of_linears, saved_bytes, total
+
+ADAPTERS: Mapping[str, torch.dtype] = {
+    "bf16 adapters": torch.bfloat16,
+    "float32 adapters, PEFT's default": torch.float32,
+}
+"""A float32 adapter makes PEFT cast every activation, and so is the easier one to beat."""
+
+GPU = devices.H100
+GIGABYTE, MEGABYTE = 1e9, 1e6
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The same step by both sides."""
+
+    ours: Step
+    peer: Step
+
+
+def count_both(adapter_dtype: torch.dtype, shape: Shape = LLAMA_3_8B, tokens: int = TOKENS) -> Steps:
+    """Count one step of each side on :data:`GPU`."""
+    with devices.assumed(GPU):
+        ours = count_step(our_layer(shape, adapter_dtype), shape, tokens)
+    return Steps(ours, count_step(peer_layer(shape, adapter_dtype), shape, tokens))
+
+
+def describe(adapter: str) -> str:
+    """The case's name."""
+    major, minor = GPU.capability
+    return (
+        f"7 LoRA linears of one Llama-3-8B layer, forward + backward, 1 x {TOKENS} tokens, bf16, NF4 double-quantized, "
+        f"r=16, {adapter}; counted for sm_{major}{minor} (H100)"
+    )
+
+
+def launches() -> Iterator[Measurement]:
+    """Measurements of ``traffic-launches``."""
+    for adapter, dtype in ADAPTERS.items():
+        steps = count_both(dtype)
+        ours, peer = (total(of_linears(step)).launches for step in (steps.ours, steps.peer))
+        yield Measurement(describe(adapter), "launches", Quantity.COUNT, [ours], [peer])
+
+
+def moved_bytes() -> Iterator[Measurement]:
+    """Measurements of ``traffic-bytes``."""
+    for adapter, dtype in ADAPTERS.items():
+        steps = count_both(dtype)
+        ours, peer = (total(of_linears(step)).bytes / GIGABYTE for step in (steps.ours, steps.peer))
+        yield Measurement(describe(adapter), "GB", Quantity.COUNT, [ours], [peer])
+
+
+def saved() -> Iterator[Measurement]:
+    """Measurements of ``traffic-saved``."""
+    for adapter, dtype in ADAPTERS.items():
+        steps = count_both(dtype)
+        ours, peer = (saved_bytes(step) / MEGABYTE for step in (steps.ours, steps.peer))
+        yield Measurement(describe(adapter), "MB", Quantity.MEMORY, [ours], [peer])
