@@ -824,7 +824,8 @@ def test_forced_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "reference")
     assert registry.choose("lora_linear", x, weight).backend == "reference"
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "gpu")
-    with pytest.raises(registry.BackendError, match="PEFTKERN_BACKEND must be one of cuda, triton, cpu, reference; got 'gpu'"):
+    message = "PEFTKERN_BACKEND must be one of cuda, triton, cpu, reference; got 'gpu'"
+    with pytest.raises(registry.BackendError, match=message):
         registry.choose("lora_linear", x, weight)
     monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, "cpu")
     monkeypatch.setenv(cpu.ENVIRONMENT_VARIABLE, "mmx")
