@@ -46,10 +46,7 @@ def count_both(adapter_dtype: torch.dtype, shape: Shape = LLAMA_3_8B, tokens: in
 def describe(adapter: str) -> str:
     """The case's name."""
     major, minor = GPU.capability
-    return (
-        f"7 LoRA linears of one Llama-3-8B layer, forward + backward, 1 x {TOKENS} tokens, bf16, NF4 double-quantized, "
-        f"r=16, {adapter}; counted for sm_{major}{minor} (H100)"
-    )
+    return f"1 x {TOKENS} tokens, {adapter}; as on an H100 (sm_{major}{minor})"
 
 
 def launches() -> Iterator[Measurement]:
