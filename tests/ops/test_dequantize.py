@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import CASES, DTYPES, FUZZ, SHAPES, assert_same_bits, block_sizes, random_tensor, tensors
+from same_bits import CASES, DTYPES, assert_same_bits, random_tensor
+from tensors import FUZZ, SHAPES, block_sizes, tensors
 from torch import Tensor
 
 from peftkern import ops

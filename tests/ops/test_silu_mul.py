@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from isa_backends import ISA_BACKENDS, select
-from tensors import assert_same_bits, random_tensor
+from same_bits import assert_same_bits, random_tensor
 from torch import Tensor
 
 from peftkern import ops
