@@ -48,19 +48,19 @@ class Slots:
         return tuple(lora_A.shape[0] for lora_A in self.lora_A)
 
     @property
-    def A_strides(self) -> tuple[int, ...]:
+    def a_strides(self) -> tuple[int, ...]:
         """Elements from row to row of each A."""
         return tuple(lora_A.stride(0) for lora_A in self.lora_A)
 
     @property
-    def B_strides(self) -> tuple[int, ...]:
+    def b_strides(self) -> tuple[int, ...]:
         """Elements from row to row of each B."""
         return tuple(lora_B.stride(0) for lora_B in self.lora_B)
 
     @property
     def padded_rank(self) -> int:
         """The greatest r as kernels are compiled for it: a power of two."""
-        return max(SMALLEST_RANK, triton.next_power_of_2(max(self.ranks)))
+        return max(SMALLEST_RANK, int(triton.next_power_of_2(max(self.ranks))))
 
     @property
     def dropout(self) -> bool:

@@ -16,9 +16,6 @@ from peftkern.backends.triton.paths import FEW_TOKENS
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for."""
 
-GRADIENT_PARTS = 4
-"""Into at most this many parts the outputs are cut where a sum over all of them is wanted; readers add them up."""
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -39,7 +36,7 @@ class Tile:
     num_stages: int
 
 
-# What decides the rows: sm_80, 90 and 100 give a program 163 KiB of shared memory and more, sm_86, 89 and 120 give it 99.
+# What decides the rows: sm_80, 90 and 100 give a program 163 KiB of shared memory or more, sm_86, 89 and 120 only 99.
 _LARGE, _SMALL = "163 KiB and more", "99 KiB"
 _FAMILY = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 
@@ -126,15 +123,19 @@ def _next_power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def token_parts(tokens: int, tiles: int, architecture: int) -> int:
+def token_parts(tokens: int, tiles: int) -> int:
     """Into how many parts the tokens are cut so that ``tiles`` programs per part fill a large GPU once."""
-    del architecture
     wanted = -(-_PROGRAMS // max(tiles, 1))
     return max(1, min(wanted, tokens // 256))
 
 
 _PROGRAMS = 48
 """Programs below which a sum over all tokens is cut into parts; above, its reading of x is bound by memory."""
+
+
+def gradient_parts(out_features: int) -> int:
+    """Into how many parts a sum over the outputs of the widest member is cut."""
+    return 4 if out_features > 256 else 1
 
 
 def inner_parts(tiles: int, steps: int) -> int:

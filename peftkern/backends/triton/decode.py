@@ -72,10 +72,8 @@ def load_scales(weight, blocks, mask, NESTED_BLOCK_SIZE: tl.constexpr, table=Non
     scales = load_masked(weight[1] + blocks, mask, 0)
     if NESTED_BLOCK_SIZE > 0:
         absmax = load_masked(weight[2] + blocks // NESTED_BLOCK_SIZE, mask, 0.0)
-        if table is None:
-            values = tl.load(weight[5] + scales.to(tl.int32))
-        else:
-            values = look_up(table, scales.to(tl.int32))
+        codes = scales.to(tl.int32)
+        values = tl.load(weight[5] + codes) if table is None else look_up(table, codes)
         scales = values * absmax + tl.load(weight[3])
     return scales
 

@@ -25,21 +25,10 @@ from peftkern.backends.triton.weights import WeightArguments
 
 
 @triton.jit
-def load_sum(pointers, parts, part_stride, mask):
-    """The sum over parts, in float32, always in the same order."""
-    total = tl.load(pointers, mask=mask, other=0.0)
-    for part in range(1, parts):
-        total += tl.load(pointers + part * part_stride, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
 def add_adapter(
     total,
     g,
     g_stride,
-    parts,
-    part_stride,
     rows,
     column,
     lora_A,
@@ -60,9 +49,8 @@ def add_adapter(
         addition = tl.zeros(total.shape, tl.float32)
     for first in tl.static_range(0, RANK, CHUNK):
         numbers = first + tl.arange(0, CHUNK)
-        left = load_sum(
-            g + rows[:, None] * g_stride + (column + numbers)[None, :], parts, part_stride, (numbers < rank)[None, :]
-        )
+        g_pointers = g + rows[:, None] * g_stride + (column + numbers)[None, :]
+        left = tl.load(g_pointers, mask=(numbers < rank)[None, :], other=0.0)
         right = tl.load(
             lora_A + numbers[:, None] * A_stride + columns[None, :],
             mask=(numbers < rank)[:, None] & column_mask,
@@ -88,8 +76,6 @@ def input_gradient_kernel(
     grad_strides,
     row_strides,
     g_stride,
-    g_parts,
-    g_part_stride,
     A_strides,
     ranks,
     columns,
@@ -160,28 +146,25 @@ def input_gradient_kernel(
                 )
                 total = tl.dot(left, right, total, input_precision=PRECISION)
     exists = (inputs < in_features)[None, :]
-    if ADAPTERS > 0:
-        if part == 0:
-            for slot in tl.static_range(MEMBERS * ADAPTERS):
-                total = add_adapter(
-                    total,
-                    g,
-                    g_stride,
-                    g_parts[slot],
-                    g_part_stride,
-                    rows,
-                    columns[slot],
-                    lora_A[slot],
-                    A_strides[slot],
-                    ranks[slot],
-                    masks[slot],
-                    inputs,
-                    exists,
-                    DTYPE,
-                    RANK,
-                    DROPOUT,
-                    PRECISION,
-                )
+    if part == 0:
+        for slot in tl.static_range(MEMBERS * ADAPTERS):
+            total = add_adapter(
+                total,
+                g,
+                g_stride,
+                rows,
+                columns[slot],
+                lora_A[slot],
+                A_strides[slot],
+                ranks[slot],
+                masks[slot],
+                inputs,
+                exists,
+                DTYPE,
+                RANK,
+                DROPOUT,
+                PRECISION,
+            )
     target = grad_x + (part.to(tl.int64) * tokens + rows)[:, None] * in_features + inputs[None, :]
     tl.store(target, total.to(grad_x.dtype.element_ty), mask=(token_rows < tokens)[:, None] & exists)
 
@@ -190,7 +173,6 @@ def input_gradient(
     grads: Sequence[Tensor],
     weight: WeightArguments | None,
     g: Tensor,
-    g_parts: Sequence[int],
     slots: Slots,
     grad_x: Tensor,
     tile: Tile,
@@ -201,8 +183,7 @@ def input_gradient(
     Args:
         grads: dY of every member, [tokens, out], columns next to each other.
         weight: of the members; ``None`` leaves the base products out.
-        g: contiguous [parts, tokens, Σr] float32, summed over parts while it is read.
-        g_parts: how many parts count, per slot.
+        g: [tokens, Σr] float32.
         slots: equally many per member, none included.
         grad_x: contiguous [tokens, in], in the dtype of dY.
         tile: tokens, inputs and inner outputs of a program.
@@ -233,10 +214,8 @@ def input_gradient(
         out_features,
         tuple(grad.stride(0) for grad in grads),
         (0,) * len(grads) if weight is None else weight.row_strides,
-        g.stride(1),
-        tuple(g_parts) or (0,),
         g.stride(0),
-        slots.A_strides or (0,),
+        slots.a_strides or (0,),
         slots.ranks or (0,),
         slots.columns or (0,),
         parts,

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.triton.adapter_gradients import output_chunks, pull, push
+from peftkern.backends.triton.adapter_gradients import pull, push
 from peftkern.backends.triton.adapters import Slots, all_slots, launches_of, new_inner, total_rank
-from peftkern.backends.triton.configurations import GRADIENT_PARTS, Tile, tile_for
+from peftkern.backends.triton.configurations import Tile, gradient_parts, tile_for
 from peftkern.backends.triton.crossover import Path, choose, device_key
 from peftkern.backends.triton.dequantize import dequantize_group
 from peftkern.backends.triton.few_tokens import few_tokens
@@ -163,18 +163,16 @@ def _backward(
     slots = all_slots([member.adapters for member in members])
     need_A = any(flag for flags in need_lora for flag in flags[: len(flags) // 2])
     need_B = any(flag for flags in need_lora for flag in flags[len(flags) // 2 :])
-    g = new_inner(grads[0], GRADIENT_PARTS, tokens, h.shape[1]) if len(slots) and (need_x or need_A) else None
-    unsummed = _pull(call, grads, h, slots, g, need_B, gradients, first)
+    g = new_inner(grads[0], tokens, h.shape[1]) if len(slots) and (need_x or need_A) else None
+    if g is not None or need_B:
+        _pull(call, grads, h, slots, g, need_B, gradients, first)
     grad_x = None
     if need_x:
-        inner = g if g is not None else new_inner(grads[0], 1, tokens, 0)
+        inner = g if g is not None else new_inner(grads[0], tokens, 0)
         grad_x = _input_gradient(call, grads, members, slots, inner)
     if need_A:
         assert x is not None and g is not None
-        _push(call, _unit_stride(x), g, slots, members, gradients, first, unsummed)
-    else:
-        for parts, totals in unsummed.values():
-            sum_parts(parts, totals)
+        _push(call, _unit_stride(x), g, slots, len(members), gradients, first)
     return grad_x
 
 
@@ -187,30 +185,36 @@ def _pull(
     need_B: bool,
     gradients: _AdapterGradients,
     first: int,
-) -> dict[int, tuple[list[Tensor], list[Tensor]]]:
-    """Launch `pull` for every adapter of the members; dB's parts that are still to be added up, by adapter."""
-    unsummed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
-    if g is None and not need_B:
-        return unsummed
+) -> None:
+    """Write g and dB: every adapter's parts, then their sums."""
+    sums = _Sums([], [])
+    g_parts = None if g is None else sums.parts_of(g, gradient_parts(max(grad.shape[1] for grad in grads)))
     for index, some in enumerate(_adapter_launches(slots, len(grads))):
         tile = call.tile("pull", some.padded_rank)
         token_tiles = -(-call.tokens // tile.tokens)
-        totals = gradients.new_B(index, range(first, first + len(grads))) if need_B else None
-        parts = totals
-        if totals is not None and token_tiles > 1:
-            parts = [new_inner(total, token_tiles, *total.shape) for total in totals]
-            unsummed[index] = parts, totals
+        totals = gradients.new_b(index, range(first, first + len(grads))) if need_B else []
+        B_parts = [sums.parts_of(total, token_tiles) for total in totals]
         for chosen in _one_launch_or_each(some):
-            pull(
-                [grads[i] for i in chosen],
-                h,
-                some.only(chosen),
-                g,
-                None if parts is None else [parts[i] for i in chosen],
-                tile,
-                call.precision,
-            )
-    return unsummed
+            chosen_parts = [B_parts[i] for i in chosen] if need_B else None
+            pull([grads[i] for i in chosen], h, some.only(chosen), g_parts, chosen_parts, tile, call.precision)
+    if sums.parts:
+        sum_parts(sums.parts, sums.totals)
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Results that are written in parts, and where their sums go."""
+
+    parts: list[Tensor]
+    totals: list[Tensor]
+
+    def parts_of(self, total: Tensor, count: int) -> Tensor:
+        """[count, *shape] to be written: the result itself if it is one part, else one more sum."""
+        if count == 1:
+            return total[None]
+        self.parts.append(new_inner(total, count, *total.shape))
+        self.totals.append(total)
+        return self.parts[-1]
 
 
 def _push(
@@ -218,43 +222,28 @@ def _push(
     x: Tensor,
     g: Tensor,
     slots: Slots,
-    members: Sequence[Member],
+    members: int,
     gradients: _AdapterGradients,
     first: int,
-    unsummed: dict[int, tuple[list[Tensor], list[Tensor]]],
 ) -> None:
-    for index, some in enumerate(_adapter_launches(slots, len(members))):
-        grad_A = gradients.new_A(index, range(first, first + len(members)))
-        parts, totals = unsummed.get(index, (None, None))
+    for index, some in enumerate(_adapter_launches(slots, members)):
+        grad_A = gradients.new_a(index, range(first, first + members))
         tile = call.tile("push", some.padded_rank)
         for chosen in _one_launch_or_each(some):
-            push(
-                x,
-                g,
-                [call.parts_of_g(members[i], some.padded_rank) for i in chosen],
-                some.only(chosen),
-                [grad_A[i] for i in chosen],
-                None if parts is None else [parts[i] for i in chosen],
-                None if totals is None else [totals[i] for i in chosen],
-                tile,
-                call.architecture,
-                call.precision,
-            )
+            push(x, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 
 
 def _input_gradient(call: _Call, grads: Sequence[Tensor], members: Sequence[Member], slots: Slots, g: Tensor) -> Tensor:
     weights = [member.weight for member in members]
     grad_x = grads[0].new_empty(call.tokens, weights[0].shape[1])
-    per_member = len(slots) // len(members)
-    g_parts = [call.parts_of_g(member, slots.padded_rank) for member in members for _ in range(per_member)]
     path = call.path("backward")
     if path != Path.VENDOR:
         arguments, tile = _operand(call, path, weights)
-        input_gradient(grads, arguments, g, g_parts, slots, grad_x, tile, call.precision)
+        input_gradient(grads, arguments, g, slots, grad_x, tile, call.precision)
         return grad_x
     matrices = _dense(weights, grads[0])
     if len(slots):
-        input_gradient(grads, None, g, g_parts, slots, grad_x, call.tile("dense"), call.precision)
+        input_gradient(grads, None, g, slots, grad_x, call.tile("dense"), call.precision)
     for number, (grad, matrix) in enumerate(zip(grads, matrices, strict=True)):
         if len(slots) or number:
             torch.addmm(grad_x, grad, matrix, out=grad_x)
@@ -302,9 +291,6 @@ class _Call:
     def tile(self, kernel: str, rank: int = 0) -> Tile:
         return tile_for(kernel, self.architecture, self.like.dtype, self.tokens, rank)
 
-    def parts_of_g(self, member: Member, rank: int) -> int:
-        return output_chunks(member.weight.shape[0], self.tile("pull", rank))[1]
-
 
 def _operand(call: _Call, path: Path, weights: Sequence[Weight]) -> tuple[WeightArguments, Tile]:
     """The weights as our product takes them, codes or decoded, and its tile."""
@@ -321,7 +307,7 @@ def _dense(weights: Sequence[Weight], like: Tensor) -> Sequence[Tensor]:
     rows, columns = [weight.shape[0] for weight in quantized], quantized[0].shape[1]
     out = scratch(like, sum(rows) * columns).view(sum(rows), columns)
     dequantize_group(quantized, out)
-    return out.split(rows)
+    return torch.split(out, rows)
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
@@ -339,8 +325,7 @@ def _uniform(members: Sequence[Member], grads: Sequence[Tensor | None] | None = 
             None if member.bias is None else member.bias.dtype,
             {tensor.dtype for tensor in member.adapters.lora_A},
             {tensor.dtype for tensor in member.adapters.lora_B},
-            grads is not None and grads[number] is None,
-            None if grads is None or grads[number] is None else grads[number].dtype,
+            grads is not None and getattr(grads[number], "dtype", None),
         )
         for number, member in enumerate(members)
     ]
@@ -389,10 +374,10 @@ class _AdapterGradients:
         empty: list[list[Tensor | None]] = [[None] * len(member.adapters) for member in members]
         return _AdapterGradients(members, need_lora, empty, [list(row) for row in empty])
 
-    def new_A(self, index: int, numbers: range) -> list[Tensor]:
+    def new_a(self, index: int, numbers: range) -> list[Tensor]:
         return [self._new(number, index, self.members[number].adapters.lora_A, self.grad_A, 0) for number in numbers]
 
-    def new_B(self, index: int, numbers: range) -> list[Tensor]:
+    def new_b(self, index: int, numbers: range) -> list[Tensor]:
         return [
             self._new(
                 number, index, self.members[number].adapters.lora_B, self.grad_B, len(self.members[number].adapters)
@@ -403,8 +388,8 @@ class _AdapterGradients:
     def fill_zeros(self, numbers: range) -> None:
         for number in numbers:
             for index in range(len(self.members[number].adapters)):
-                self.new_A(index, range(number, number + 1))[0].zero_()
-                self.new_B(index, range(number, number + 1))[0].zero_()
+                self.new_a(index, range(number, number + 1))[0].zero_()
+                self.new_b(index, range(number, number + 1))[0].zero_()
 
     def _new(
         self, number: int, index: int, factors: Sequence[Tensor], table: list[list[Tensor | None]], offset: int

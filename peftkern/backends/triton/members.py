@@ -1,4 +1,4 @@
-"""Device functions that pick one member of a group: its pointers and sizes come in tuples, its number from the program."""
+"""Device functions that pick one member of a group: pointers and sizes come in tuples, its number from the program."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def select(entries, index, COUNT: tl.constexpr, STEP: tl.constexpr = 1, FIRST: tl.constexpr = 0):
-    """``entries[FIRST + STEP * index]`` of a tuple of pointers or numbers; ``index`` < COUNT is known at run time only."""
+    """``entries[FIRST + STEP * index]`` of a tuple of pointers or numbers; ``index`` < COUNT comes at run time."""
     chosen = entries[FIRST]
     for candidate in tl.static_range(1, COUNT):
         if index >= candidate:

@@ -194,7 +194,7 @@ def product(
         x.stride(0),
         (0,) if weight is None else weight.row_strides,
         h.stride(0),
-        slots.B_strides or (0,),
+        slots.b_strides or (0,),
         slots.ranks or (0,),
         slots.columns or (0,),
         traffic=Traffic(

@@ -149,7 +149,7 @@ def project(x: Tensor, slots: Slots, h: Tensor, tile: Tile, precision: str) -> N
         in_features,
         x.stride(0),
         h.stride(0),
-        slots.A_strides,
+        slots.a_strides,
         slots.ranks,
         slots.columns,
         slots.scaling,

@@ -15,30 +15,32 @@ _BLOCK = 1024
 
 
 @triton.jit
-def sum_parts_kernel(parts, totals, sizes, part_count, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+def sum_parts_kernel(parts, totals, sizes, part_counts, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     entry, tile = owner(tl.program_id(0), sizes, COUNT, BLOCK)
     size = select(sizes, entry, COUNT)
-    sum_block(select(parts, entry, COUNT), select(totals, entry, COUNT), size, part_count, tile, BLOCK)
-
-
-@triton.jit
-def sum_block(part, total, size, part_count, tile, BLOCK: tl.constexpr):
-    """``total[i] = Σ part[j * size + i]`` for the elements of one tile; sums in float32."""
+    part = select(parts, entry, COUNT)
+    total = select(totals, entry, COUNT)
     elements = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < size
     result = tl.zeros((BLOCK,), tl.float32)
-    for number in range(part_count):
-        result += tl.load(part + number.to(tl.int64) * size + elements, mask=mask, other=0.0)
+    for number in range(select(part_counts, entry, COUNT)):
+        result += tl.load(part + tl.cast(number, tl.int64) * size + elements, mask=mask, other=0.0)
     tl.store(total + elements, result.to(total.dtype.element_ty), mask=mask)
 
 
 def sum_parts(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
-    """``totals[i] = parts[i].sum(0)``, all in one launch.
+    """``totals[i] = parts[i].sum(0)``, in one launch for each dtype of totals.
 
     Args:
-        parts: [count, *shape] float32, contiguous, each with the same count.
-        totals: contiguous, [*shape]; of one dtype.
+        parts: [count, *shape] float32, contiguous; counts may differ.
+        totals: contiguous, [*shape].
     """
+    for dtype in dict.fromkeys(total.dtype for total in totals):
+        chosen = [number for number, total in enumerate(totals) if total.dtype == dtype]
+        _launch([parts[number] for number in chosen], [totals[number] for number in chosen])
+
+
+def _launch(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
     sizes = tuple(total.numel() for total in totals)
     launch(
         sum_parts_kernel,
@@ -46,7 +48,7 @@ def sum_parts(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
         tuple(parts),
         tuple(totals),
         sizes,
-        parts[0].shape[0],
+        tuple(part.shape[0] for part in parts),
         traffic=Traffic(parts, totals, flops=sum(part.numel() for part in parts)),
         num_warps=4,
         num_stages=1,

@@ -1,4 +1,4 @@
-"""Weights as kernel arguments: pointers in tuples, one entry per member of a group, and what kernels are compiled for."""
+"""Weights as kernel arguments: pointers in tuples, one entry per member of a group, and what kernels are made for."""
 
 from __future__ import annotations
 
