@@ -52,7 +52,7 @@ def add_adapter(
         g_pointers = g + rows[:, None] * g_stride + (column + numbers)[None, :]
         left = tl.load(g_pointers, mask=(numbers < rank)[None, :], other=0.0)
         right = tl.load(
-            lora_A + numbers[:, None] * A_stride + columns[None, :],
+            lora_A + numbers.to(tl.int64)[:, None] * A_stride + columns[None, :],
             mask=(numbers < rank)[:, None] & column_mask,
             other=0.0,
         )

@@ -121,7 +121,7 @@ def add_projection(
 ):
     """``total`` + D(tile) Aᵀ, for a tile of x. What stands in columns from ``rank`` on is not to be used."""
     numbers = tl.minimum(tl.arange(0, RANK), rank - 1)
-    factor = load_masked(lora_A + numbers[:, None] * A_stride + columns[None, :], column_mask, 0.0)
+    factor = load_masked(lora_A + numbers.to(tl.int64)[:, None] * A_stride + columns[None, :], column_mask, 0.0)
     if DROPOUT:
         tile = (tile.to(tl.float32) * keep_factor(mask, rows, columns)).to(tile.dtype)
     return tl.dot(tile, tl.trans(factor.to(tile.dtype)), total, input_precision=PRECISION)

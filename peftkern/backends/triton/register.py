@@ -143,3 +143,29 @@ def lora_linear_group_backward(
     from peftkern.backends.triton.lora_linear import group_backward
 
     return group_backward(grads, x, members, h, need_x, need_lora)
+
+
+# ---- silu_mul
+
+
+def _supports_silu_mul(tensor: Tensor, *_rest: Any) -> str | None:
+    objection = _objection(tensor)
+    return f"{tensor.dtype} tensors" if objection is None and tensor.dtype not in _DTYPES else objection
+
+
+@registry.register("silu_mul", "triton", supports=_supports_silu_mul)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """See :func:`peftkern.ops.silu_mul.silu_mul`."""
+    from peftkern.backends.triton.silu_mul import silu_mul
+
+    return silu_mul(gate, up)
+
+
+@registry.register("silu_mul_backward", "triton", supports=_supports_silu_mul)
+def silu_mul_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """See :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
+    from peftkern.backends.triton.silu_mul import silu_mul_backward
+
+    return silu_mul_backward(grad, gate, up, need_gate, need_up)
