@@ -7,7 +7,7 @@ SOURCES := Makefile setup.py CMakeLists.txt pyproject.toml $(shell find csrc -ty
 EXECUTOR := ttsem==0.1.0
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: install demo test execute check format sanitize bench clean
+.PHONY: install demo test execute check gpu-check format sanitize bench clean
 
 install: $(VENV)/installed
 
@@ -54,8 +54,12 @@ sanitize: install
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitized \
 	$(BIN)/pytest tests/ops -p no:cacheprovider -k 'not compile and not memory' --sanitized
 
+# On a machine with a GPU, from a plain checkout: needs no installation and installs nothing.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) -m peftkern.gpu_check --output gpu-check-output
+
 bench: install
 	$(BIN)/peftkern bench --output bench-output --json bench-output/bench.json
 
 clean:
-	rm -rf $(VENV) build bench-output demo-output *.egg-info
+	rm -rf $(VENV) build bench-output demo-output gpu-check-output *.egg-info

@@ -8,7 +8,7 @@ from pathlib import Path
 import peftkern
 
 ROOT = Path(peftkern.__file__).parent
-LAYERS = ["formats", "ops", "nn", "patch", "integrations", "finetune", "tune", "bench", "demo", "cli"]
+LAYERS = ["formats", "ops", "nn", "patch", "integrations", "finetune", "tune", "bench", "gpu_check", "demo", "cli"]
 """From the lowest to the highest. `backends` stands beside them: whoever chooses a backend asks its registry."""
 
 

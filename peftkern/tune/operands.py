@@ -29,12 +29,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Operands:
-    """Everything that one call reads: x [tokens, in], the members, dY of each [tokens, out], h [tokens, Σr] float32."""
+    """Everything that one call reads: x [tokens, in], the members, dY of each [tokens, out], h [tokens, Σr] float32.
+
+    ``backend`` runs the calls.
+    """
 
     x: Tensor
     members: Sequence[Member]
     grads: Sequence[Tensor]
     h: Tensor
+    backend: str = "triton"
 
     @property
     def bytes_touched(self) -> int:
@@ -44,7 +48,7 @@ class Operands:
 
     def forward(self) -> Any:
         """y of every member, and h."""
-        return registry.run("lora_linear_group", self.x, self.members, backend="triton")
+        return registry.run("lora_linear_group", self.x, self.members, backend=self.backend)
 
     def input_gradient(self) -> Any:
         """dX."""
@@ -54,7 +58,7 @@ class Operands:
         """dX, and with ``adapters`` dA and dB of every member."""
         need_lora = [[adapters, adapters]] * len(self.members)
         arguments = (self.grads, self.x, self.members, self.h, True, need_lora)
-        return registry.run("lora_linear_group_backward", *arguments, backend="triton")
+        return registry.run("lora_linear_group_backward", *arguments, backend=self.backend)
 
     def copies(self, count: int) -> list[Operands]:
         """``count`` sets of the same numbers in memory of their own; this one is the first."""
@@ -62,7 +66,8 @@ class Operands:
 
     def _copy(self) -> Operands:
         members = [replace(member, weight=_clone(member.weight)) for member in self.members]
-        return Operands(self.x.clone(), members, [grad.clone() for grad in self.grads], self.h)
+        grads = [grad.clone() for grad in self.grads]
+        return replace(self, x=self.x.clone(), members=members, grads=grads)
 
 
 def make(subject: Subject, tokens: int, device: str, seed: int = 0) -> Operands:

@@ -1,0 +1,264 @@
+"""What can be timed, each with the launches it makes, found by running it on tensors without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import registry
+from peftkern.backends.triton import crossover, launch
+from peftkern.backends.triton.crossover import Path
+from peftkern.backends.triton.launch import Launch
+from peftkern.backends.triton.roofline import Arithmetic, Direction, arithmetic_of
+from peftkern.formats import QuantizedTensor
+from peftkern.gpu_check import peers, references
+from peftkern.gpu_check.rows import Row
+from peftkern.ops.dequantize import dequantize_reference
+from peftkern.ops.quantize import quantize_reference
+from peftkern.tune.measure import product
+from peftkern.tune.operands import Operands, Subject, make
+from peftkern.tune.timer import Timer
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where items are timed, with what, and beside whom."""
+
+    timer: Timer
+    device: str
+    peers: Sequence[str]
+    backend: str = "triton"
+
+
+class Item(Protocol):
+    """Something to be timed."""
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        ...
+
+    def launches(self) -> list[Launch]:
+        """Our launches, without a GPU: their names, bytes and FLOPs."""
+        ...
+
+    def run_once(self, device: str) -> None:
+        """Run our kernels on a device, so that they are compiled."""
+        ...
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        """Time it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Operation:
+    """Forward or backward of a group; ``path`` is forced, or ``None`` for the one that the table picks."""
+
+    subject: Subject
+    tokens: int
+    direction: Direction
+    path: Path | None = None
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.subject.dtype).removeprefix("torch.")
+        return f"{self._name(self.path)}, {self.subject.group}, {self.tokens} tokens, {dtype}"
+
+    def _name(self, path: Path | None) -> str:
+        return f"{self.direction} {self.subject.format or 'dense'} ({path or 'path by the table'})"
+
+    def launches(self) -> list[Launch]:
+        operands = make(self.subject, self.tokens, "meta")
+        with self._forced(), launch.recording() as launches:
+            self._run(operands)
+        return launches
+
+    def run_once(self, device: str) -> None:
+        with self._forced():
+            self._run(make(self.subject, self.tokens, device))
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        sets = self.operands(bench)
+        path = self.path or self._chosen(sets[0])
+        with self._forced():
+            error = self._error(sets[0])
+            seconds = bench.timer.seconds([partial(self._run, one) for one in sets])
+        others = {name: self._peer_seconds(name, bench) for name in bench.peers} if self.path is None else {}
+        yield Row(
+            self._name(path),
+            str(self.subject.group),
+            self.tokens,
+            seconds,
+            self._moved(sets[0]),
+            self._flops(),
+            self.arithmetic,
+            others,
+            error,
+            references.LIMITS[self.subject.dtype],
+        )
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What multiplies."""
+        return arithmetic_of(self.subject.dtype)
+
+    def operands(self, bench: Bench) -> list[Operands]:
+        """Sets of operands whose h is the forward pass's, as many as exceed the cache."""
+        first = replace(make(self.subject, self.tokens, bench.device), backend=bench.backend)
+        first = replace(first, h=first.forward()[1])
+        return first.copies(bench.timer.copies(first.bytes_touched))
+
+    def _forced(self) -> ExitStack:
+        stack = ExitStack()
+        if self.path is not None:
+            stack.enter_context(crossover.forced(self.path))
+        return stack
+
+    def _chosen(self, operands: Operands) -> Path | None:
+        """What the table picks on a GPU; without one the table is not asked."""
+        if not operands.x.is_cuda:
+            return None
+        group = self.subject.group
+        shape = (self.tokens, group.out_features, group.in_features, len(group.outputs))
+        quantized = self.subject.format is not None
+        device = crossover.device_key(operands.x)
+        return crossover.choose(self.direction, *shape, quantized, self.subject.dtype, device).path
+
+    def _run(self, operands: Operands) -> Any:
+        return operands.forward() if self.direction == "forward" else operands.backward()
+
+    def _error(self, operands: Operands) -> float:
+        if self.direction == "forward":
+            return references.forward_error(operands, operands.forward()[0])
+        return references.backward_error(operands, *operands.backward())
+
+    def _peer_seconds(self, name: str, bench: Bench) -> float:
+        dense = make(replace(self.subject, format=None), self.tokens, bench.device)
+        sets = dense.copies(bench.timer.copies(dense.bytes_touched))
+        return bench.timer.seconds(peers.calls(name, sets, self.direction))
+
+    def _moved(self, operands: Operands) -> int:
+        """Weights, x and y once; backward weights, dY, x and dX once."""
+        group, element = self.subject.group, self.subject.dtype.itemsize
+        activations = self.tokens * (group.in_features + group.out_features) * element
+        weights = operands.bytes_touched - activations
+        again = self.tokens * group.in_features * element if self.direction == "backward" else 0
+        return weights + activations + again
+
+    def _flops(self) -> int:
+        """Of the product and the adapters."""
+        base = product(self.subject, self.direction, self.tokens).flops
+        group = self.subject.group
+        adapters = 2 * self.tokens * self.subject.rank * (group.in_features * len(group.outputs) + group.out_features)
+        return base + (adapters if self.direction == "forward" else 2 * adapters)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Every kernel that an operation launches, by itself."""
+
+    operation: Operation
+
+    @property
+    def title(self) -> str:
+        return f"the kernels of {self.operation.title}"
+
+    def launches(self) -> list[Launch]:
+        return self.operation.launches()
+
+    def run_once(self, device: str) -> None:
+        """Nothing: the operation is timed as well."""
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        recorded = [self._record(operands) for operands in self.operation.operands(bench)]
+        for copies in zip(*recorded, strict=True):
+            calls: list[Callable[[], object]] = [partial(launch.repeat, one.call) for one in copies]
+            first, subject = copies[0], self.operation.subject
+            yield Row(
+                first.kernel,
+                str(subject.group),
+                self.operation.tokens,
+                bench.timer.seconds(calls),
+                first.bytes_read + first.bytes_written,
+                first.flops,
+                self.operation.arithmetic,
+            )
+
+    def _record(self, operands: Operands) -> list[Launch]:
+        with self.operation._forced(), launch.recording(keep_calls=True) as launches:
+            self.operation._run(operands)
+        return launches
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Quantize or dequantize one weight, bit for bit as the reference does."""
+
+    operation: str
+    format: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    backend: str
+    double_quant: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self._name}, {self.shape[0]}x{self.shape[1]}"
+
+    @property
+    def _name(self) -> str:
+        scales = ", double quantization" if self.double_quant else ""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.operation} {self.format}{scales}, {dtype} ({self.backend})"
+
+    def launches(self) -> list[Launch]:
+        if self.backend != "triton":
+            return []
+        with launch.recording() as launches:
+            self.run_once("meta")
+        return launches
+
+    def run_once(self, device: str) -> None:
+        dense = torch.zeros(self.shape, dtype=self.dtype, device=device)
+        self._call(self._input(dense), self.backend)()
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        backend = self.backend if bench.backend == "triton" else bench.backend
+        generator = torch.Generator(bench.device).manual_seed(0)
+        dense = torch.randn(self.shape, generator=generator, device=bench.device).to(self.dtype)
+        copies = bench.timer.copies(dense.nbytes)
+        inputs = [self._input(dense.clone()) for _ in range(copies)]
+        calls = [self._call(one, backend) for one in inputs]
+        found = _parts(calls[0]())
+        error = references.differing_share(found, _parts(self._reference(inputs[0])))
+        moved = sum(tensor.nbytes for tensor in (*_parts(inputs[0]), *found))
+        shape = f"{self.shape[0]}x{self.shape[1]}"
+        yield Row(self._name, shape, None, bench.timer.seconds(calls), moved, 0, "single", {}, error, 0.0)
+
+    def _input(self, dense: Tensor) -> Tensor | QuantizedTensor:
+        if self.operation == "quantize":
+            return dense
+        return quantize_reference(dense, self.format, double_quant=self.double_quant)
+
+    def _call(self, value: Tensor | QuantizedTensor, backend: str) -> Callable[[], Any]:
+        settings = (self.format, 64, self.double_quant) if self.operation == "quantize" else (self.dtype,)
+        return partial(registry.run, self.operation, value, *settings, backend=backend)
+
+    def _reference(self, value: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
+        if isinstance(value, QuantizedTensor):
+            return dequantize_reference(value, self.dtype)
+        return quantize_reference(value, self.format, double_quant=self.double_quant)
+
+
+def _parts(value: Tensor | QuantizedTensor) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    nested = value.double_quantization
+    return [value.packed, value.scales, *([] if nested is None else [nested.absmax, nested.offset])]

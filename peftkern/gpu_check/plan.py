@@ -1,0 +1,68 @@
+"""What is timed, the most important first: whoever runs out of time has lost the least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from peftkern.backends.triton.devices import Rates
+from peftkern.backends.triton.launch import Launch
+from peftkern.backends.triton.roofline import OVERHEAD, possible_paths
+from peftkern.gpu_check.items import Conversion, Item, Kernels, Operation
+from peftkern.tune.measure import DIRECTIONS, product
+from peftkern.tune.operands import Subject
+from peftkern.tune.shapes import LLAMA_3_8B
+
+TOKENS = (2048, 1, 512, 8, 8192, 64)
+"""Numbers of tokens, the most telling first."""
+
+_WEIGHTS = ((4096, 4096), (14336, 4096))
+_CONVERSIONS = (("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("int8_blockwise", False))
+_OTHERS = (("int8", torch.bfloat16), (None, torch.bfloat16), ("nf4", torch.float16), ("nf4", torch.float32))
+_CALLS_PER_TIME = 150
+"""Calls that one time takes, warm-up included."""
+_SETUP_SECONDS = 0.2
+"""Making operands and comparing results."""
+
+
+def items() -> list[Item]:
+    """Everything, in order."""
+    operations = [
+        Operation(Subject(group, "nf4", torch.bfloat16), tokens, direction)
+        for tokens in TOKENS
+        for group in LLAMA_3_8B
+        for direction in DIRECTIONS
+    ]
+    return [*operations, *map(Kernels, operations), *_conversions(), *_other_weights(), *_forced_paths(operations)]
+
+
+def _conversions() -> Iterator[Item]:
+    for shape in _WEIGHTS:
+        for operation in ("dequantize", "quantize"):
+            for format, double_quant in _CONVERSIONS:
+                for backend in ("cuda", "triton"):
+                    yield Conversion(operation, format, shape, torch.bfloat16, backend, double_quant)
+
+
+def _other_weights() -> Iterator[Item]:
+    for format, dtype in _OTHERS:
+        for tokens in (2048, 8):
+            for direction in DIRECTIONS:
+                yield Operation(Subject(LLAMA_3_8B[0], format, dtype), tokens, direction)
+
+
+def _forced_paths(operations: Sequence[Operation]) -> Iterator[Item]:
+    for operation in operations:
+        for path in possible_paths(product(operation.subject, operation.direction, operation.tokens)):
+            yield Operation(operation.subject, operation.tokens, operation.direction, path)
+
+
+def expected_seconds(item: Item, launches: Sequence[Launch], rates: Rates, peers: int) -> float:
+    """About how long timing an item with these launches takes; the kernels are compiled by then."""
+    one = sum(
+        max((launched.bytes_read + launched.bytes_written) / rates.bandwidth, launched.flops / rates.half) + OVERHEAD
+        for launched in launches
+    )
+    times = 1 + peers if isinstance(item, Operation) and item.path is None else 1
+    return _SETUP_SECONDS + times * _CALLS_PER_TIME * 2 * one
