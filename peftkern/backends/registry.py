@@ -20,8 +20,12 @@ logger = logging.getLogger("peftkern")
 PREFERENCE = ("cuda", "triton", "cpu", "reference")
 """Backends from the most to the least preferred. The reference takes everything."""
 
-ELSEWHERE = "the tensors are on another device"
-"""The objection of a backend that serves other devices only: no reason to speak of a fallback."""
+
+class NotMeant(str):
+    """The objection of a backend that is not made for such calls: no reason to speak of a fallback."""
+
+
+ELSEWHERE = NotMeant("the tensors are on another device")
 
 _MODULES = ("peftkern.backends.cpu", "peftkern.backends.cuda", "peftkern.backends.triton.register")
 
@@ -39,8 +43,8 @@ class BackendError(RuntimeError):
 class Implementation:
     """How one backend runs one operation.
 
-    ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them;
-    :data:`ELSEWHERE` where the tensors are on a device that the backend is not for.
+    ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them: a
+    :class:`NotMeant` where another backend is made for them, such as :data:`ELSEWHERE`.
     """
 
     operation: str
@@ -62,6 +66,7 @@ _TABLE: dict[str, dict[str, Implementation]] = {}
 _arguments_needed: dict[str, int] = {}
 """How many arguments of each operation the predicates look at."""
 _reported: set[tuple[str, str]] = set()
+_releases: list[Callable[[], None]] = []
 
 
 def _supports_everything(*_args: Any, **_kwargs: Any) -> str | None:
@@ -160,7 +165,7 @@ def choose(operation: str, *args: Any, backend: str | None = None, **kwargs: Any
         objection = entries[name].supports(*args, **kwargs)
         if objection is None:
             return Choice(name, "; ".join(objections) or "first choice", entries[name].function)
-        if objection != ELSEWHERE:
+        if not isinstance(objection, NotMeant):
             objections.append(f"{name}: {objection}")
     raise BackendError(f"{operation}: no backend takes this call ({'; '.join(objections)})")
 
@@ -192,3 +197,15 @@ def _report_fallback(operation: str, choice: Choice) -> None:
         return
     _reported.add(key)
     logger.warning("%s runs on the %s backend (%s)", operation, choice.backend, choice.reason)
+
+
+def at_release(function: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: ``function`` frees memory that a backend keeps from call to call."""
+    _releases.append(function)
+    return function
+
+
+def release() -> None:
+    """Free what backends keep from call to call. They take it anew when they need it."""
+    for function in _releases:
+        function()

@@ -87,6 +87,7 @@ def unpatch(model: nn.Module) -> int:
     for module in modules.values():
         fused.set_class(module, original_class(type(module)))
         del module.__dict__[STATE]
+    registry.release()
     return len(modules)
 
 

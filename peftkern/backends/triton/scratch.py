@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from peftkern.backends import registry
+
 _buffers: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -32,6 +34,7 @@ def stream_of(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+@registry.at_release
 def free_scratch() -> None:
     """Give the buffers back to PyTorch's allocator, which waits for the streams that use them."""
     _buffers.clear()
