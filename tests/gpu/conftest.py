@@ -16,6 +16,8 @@ import torch
 EXECUTOR = executor.current()
 if EXECUTOR in (executor.TTSEM, executor.INTERPRETER):
     executor.stand_in_for_cuda()
+if EXECUTOR == executor.TTSEM:
+    executor.enter_ttsem()
 if EXECUTOR == executor.INTERPRETER:
     executor.enter_interpreter()
 
@@ -54,10 +56,10 @@ def _sample(items: list[pytest.Item], step: int) -> list[pytest.Item]:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Memory that nobody has written holds NaN, or the greatest whole number, wherever it is allocated."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what `torch.empty` and its kin return
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # fills what `torch.empty` and its kin return
     yield
-    torch.use_deterministic_algorithms(before)
+    torch.set_deterministic_debug_mode(before)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

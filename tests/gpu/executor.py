@@ -65,6 +65,20 @@ def stand_in_for_cuda() -> None:
     torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
 
 
+def enter_ttsem() -> None:
+    """Spare this process, to its end, what ttsem has no use for: the stages of Triton's compiler past the first.
+
+    They take ten times as long as everything else. Ahead-of-time tests run them for every kernel.
+    """
+    from ttsem import harness
+
+    def first_stage(record: Any, stage: str, target: Any) -> str:
+        return harness.mlir.to_generic(harness._stage_text(record, stage, target), None)
+
+    harness.mlir.enable_generic_printing()
+    harness.ir_for_launch = first_stage
+
+
 def enter_interpreter() -> None:
     """Prepare this process, to its end, for launches through the interpreter."""
     import interpreter_repair
