@@ -19,28 +19,25 @@ def sum_parts_kernel(parts, totals, sizes, part_counts, COUNT: tl.constexpr, BLO
     entry, tile = owner(tl.program_id(0), sizes, COUNT, BLOCK)
     size = select(sizes, entry, COUNT)
     part = select(parts, entry, COUNT)
-    total = select(totals, entry, COUNT)
     elements = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < size
     result = tl.zeros((BLOCK,), tl.float32)
     for number in range(select(part_counts, entry, COUNT)):
         result += tl.load(part + tl.cast(number, tl.int64) * size + elements, mask=mask, other=0.0)
-    tl.store(total + elements, result.to(total.dtype.element_ty), mask=mask)
+    # one by one, not selected: totals may differ in dtype
+    for candidate in tl.static_range(COUNT):
+        if entry == candidate:
+            total = totals[candidate]
+            tl.store(total + elements, result.to(total.dtype.element_ty), mask=mask)
 
 
 def sum_parts(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
-    """``totals[i] = parts[i].sum(0)``, in one launch for each dtype of totals.
+    """``totals[i] = parts[i].sum(0)``, all in one launch.
 
     Args:
         parts: [count, *shape] float32, contiguous; counts may differ.
-        totals: contiguous, [*shape].
+        totals: contiguous, [*shape]; dtypes may differ.
     """
-    for dtype in dict.fromkeys(total.dtype for total in totals):
-        chosen = [number for number, total in enumerate(totals) if total.dtype == dtype]
-        _launch([parts[number] for number in chosen], [totals[number] for number in chosen])
-
-
-def _launch(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
     sizes = tuple(total.numel() for total in totals)
     launch(
         sum_parts_kernel,
