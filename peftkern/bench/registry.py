@@ -34,7 +34,8 @@ class Benchmark:
 
     ``cases`` is ``"module:function"``, so that listing the names imports nothing. The function takes no arguments and
     yields :class:`Case` (to be timed) or :class:`Measurement` (measured by the benchmark itself). It runs once per
-    setting, in a fresh process, and each case is measured before the next is asked for. ``packages`` are the peer's.
+    setting, in a fresh process, and each case is measured before the next is asked for. ``packages`` are what it needs
+    beside peftkern: the peer's, or the compiler whose output is counted.
     """
 
     name: str
@@ -91,6 +92,24 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.loss:cases",
         ),
         Benchmark(
+            "aot-spills",
+            "spilled registers and local memory of every GPU kernel on every architecture, compiled without a GPU",
+            "peftkern.bench.aot.cases:spills",
+            packages=("triton",),
+        ),
+        Benchmark(
+            "aot-instructions",
+            "instructions per weight of the NF4 product on GPUs, and the width of its loads, counted in machine code",
+            "peftkern.bench.aot.cases:instructions",
+            packages=("triton",),
+        ),
+        Benchmark(
+            "aot-tensorcore",
+            "tensor-core instructions of the NF4 product on every GPU architecture",
+            "peftkern.bench.aot.cases:tensor_core",
+            packages=("triton",),
+        ),
+        Benchmark(
             "traffic-launches",
             "launches of the 7 LoRA linears of a Llama-3-8B layer, NF4, r=16, bf16, forward and backward, counted",
             "peftkern.bench.traffic.cases:launches",
@@ -134,11 +153,11 @@ def _describe_unknown(unknown: Sequence[str]) -> str:
 
 
 def require_packages(benchmarks: Sequence[Benchmark]) -> None:
-    """Raise :class:`BenchError` unless every package that the peers need is installed; the message says how to."""
+    """Raise :class:`BenchError` unless every package that they need is installed; the message says how to."""
     wanted = dict.fromkeys(package for benchmark in benchmarks for package in benchmark.packages)
     missing = [package for package in wanted if importlib.util.find_spec(package) is None]
     if missing:
         raise BenchError(
-            f"these benchmarks run the peer beside peftkern and need {', '.join(missing)}, which is not installed; "
+            f"these benchmarks need {', '.join(missing)} beside peftkern, which is not installed; "
             f"install it with: pip install 'peftkern[bench]'"
         )

@@ -1,0 +1,68 @@
+"""``python -m peftkern.bench.aot``: compile every shipped kernel for every architecture and compare with the table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import triton
+
+from peftkern.bench.aot.compile import ARCHITECTURES
+from peftkern.bench.aot.resources import (
+    Key,
+    Row,
+    Table,
+    broken_rules,
+    compiled_rows,
+    problems,
+    read_table,
+    work_for,
+    write_table,
+)
+from peftkern.bench.errors import BenchError
+
+TABLE = Path("tests/gpu_offline/resources.json")
+
+
+def main() -> int:
+    """Run the command; 0 if nothing is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m peftkern.bench.aot", description=__doc__)
+    parser.add_argument("--table", type=Path, default=TABLE, help="the table (default: %(default)s)")
+    parser.add_argument("--update", action="store_true", help="write the table anew instead of comparing with it")
+    options = parser.parse_args()
+    try:
+        rows = _compile_everything()
+        found = _update(options.table, rows) if options.update else _compare(options.table, rows)
+    except BenchError as error:
+        found = [str(error)]
+    print("\n".join(found) or f"{len(rows)} kernels, nothing wrong")
+    return 1 if found else 0
+
+
+def _compile_everything() -> dict[Key, Row]:
+    work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
+    rows: dict[Key, Row] = {}
+    for number, (key, row) in enumerate(compiled_rows(work), start=1):
+        print(f"{number}/{len(work)} sm_{key[0]} {key[1]}: {row}", file=sys.stderr)
+        rows[key] = row
+    return rows
+
+
+def _update(path: Path, rows: Mapping[Key, Row]) -> list[str]:
+    """Write the table, broken rules included: whoever reads the change sees them too."""
+    write_table(path, Table(triton.__version__, rows))
+    return [problem for key, row in rows.items() for problem in broken_rules(key, row)]
+
+
+def _compare(path: Path, rows: Mapping[Key, Row]) -> list[str]:
+    table = read_table(path)
+    if table.triton != triton.__version__:
+        print(f"the table is of Triton {table.triton}, this is {triton.__version__}: only the hard rules are checked")
+        return [problem for key, row in rows.items() for problem in broken_rules(key, row)]
+    return problems(rows, table.rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

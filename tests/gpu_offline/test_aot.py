@@ -1,0 +1,222 @@
+"""Every shipped kernel is compiled for every architecture, and what it uses is held against the checked-in table."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import aot_defects
+import pytest
+import triton
+
+from peftkern.backends.triton import paths
+from peftkern.backends.triton.specializations import TENSORS, Case, specializations
+from peftkern.bench import BenchError
+from peftkern.bench.aot import cases
+from peftkern.bench.aot.compile import ARCHITECTURES, compile_for
+from peftkern.bench.aot.resources import (
+    Key,
+    Row,
+    Table,
+    broken_rules,
+    compiled_rows,
+    problems,
+    read_table,
+    regressions,
+    row_of,
+    work_for,
+    write_table,
+)
+
+TABLE = Path(__file__).with_name("resources.json")
+
+
+# ---- the shipped kernels
+
+
+@pytest.fixture(scope="module")
+def shipped() -> dict[Key, Row]:
+    return dict(compiled_rows([pair for architecture in ARCHITECTURES for pair in work_for(architecture)]))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_kernel_spills_or_takes_more_memory_than_there_is(shipped: dict[Key, Row], architecture: int) -> None:
+    rows = {key: row for key, row in shipped.items() if key[0] == architecture}
+    assert rows
+    assert [problem for key, row in rows.items() for problem in broken_rules(key, row)] == []
+
+
+def test_kernels_use_what_the_table_says(shipped: dict[Key, Row]) -> None:
+    table = read_table(TABLE)
+    if table.triton != triton.__version__:
+        pytest.skip(f"the table is of Triton {table.triton}, this is {triton.__version__}")
+    assert problems(shipped, table.rows) == []
+
+
+def test_only_what_needs_an_architecture_of_its_own_is_repeated_for_it() -> None:
+    everywhere = {one.name for one, _ in work_for(89)}
+    assert {name for name in everywhere if ": product" in name}
+    assert everywhere < {one.name for one, _ in work_for(90)}
+
+
+@pytest.mark.parametrize("architecture", [86, 90])
+def test_names_are_unique_and_no_code_is_compiled_twice(architecture: int) -> None:
+    found = [one for one, _ in work_for(architecture)]
+    assert len({one.name for one in found}) == len({one.key for one in found}) == len(found)
+
+
+def test_sizes_beyond_2_to_the_31_are_compiled_as_64_bit_numbers() -> None:
+    (large,) = (
+        one for one in specializations(90, [], TENSORS) if one.name == "nf4 beyond 2^31 elements: quantize_4bit"
+    )
+    assert large.signature["element_count"] == "i64"
+
+
+# ---- what decides what is compiled
+
+
+def test_what_triton_would_compile_is_known_from_a_launch_without_memory() -> None:
+    found = aot_defects.multiply()
+    assert found.signature["weights"] == ("*bf16",)
+    assert found.signature["strides"] == ("i32", "i32")
+    assert found.named_constants == {"ROWS": 64, "COLUMNS": 64, "INNER": 64, "USE_DOT": True}
+    assert found.attributes[1, 0] == found.attributes[4, 1] == [["tt.divisibility", 16]]
+    assert found.options == {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": False}
+
+
+def test_a_number_that_16_does_not_divide_is_compiled_apart() -> None:
+    odd = aot_defects.multiply(row_stride=4097)
+    assert odd.attributes[4, 0] == []
+    assert odd.key != aot_defects.multiply().key == aot_defects.multiply().key
+
+
+def test_a_name_says_nothing_about_the_code() -> None:
+    found = aot_defects.multiply()
+    assert replace(found, name="another").key == found.key
+
+
+@pytest.mark.parametrize("seed", [1, 16, 0x1_0000_0010, 2**63 - 16])
+def test_a_dropout_seed_decides_nothing(seed: int) -> None:
+    """Seeds change with every step: each new kernel would halt training for as long as it takes to compile."""
+    case = Case("dropout", paths.Path.FUSED, members=3, dropout=0.1, tokens=128)
+    other = replace(case, seed=seed)
+    assert [one.key for one in specializations(90, [other], [])] == [one.key for one in specializations(90, [case], [])]
+
+
+# ---- what the report must find
+
+
+def defect_row(architecture: int = 80, **sizes: Any) -> Row:
+    specialization = aot_defects.multiply(**sizes)
+    return row_of(specialization, compile_for(specialization, architecture))
+
+
+@pytest.fixture(scope="module")
+def sound() -> Row:
+    return defect_row()
+
+
+KEY = (80, "multiply")
+
+
+def test_a_sound_kernel_breaks_no_rule(sound: Row) -> None:
+    assert broken_rules(KEY, sound) == regressions(KEY, sound, sound) == []
+    assert sound.tensor_core == {"mma": 32}
+    assert sound.loads == {128: 16}
+    assert 0 < sound.main_loop < sound.instructions
+
+
+def test_a_spill_is_found() -> None:
+    row = defect_row(rows=256, columns=256)
+    assert row.spills > 100
+    assert row.local_memory > 100
+    assert re.search(r"sm_80 multiply: \d+ loads and stores of spilled registers", broken_rules(KEY, row)[0])
+
+
+def test_too_much_shared_memory_is_found() -> None:
+    sizes = {"rows": 128, "columns": 128, "inner": 128, "num_stages": 3, "num_warps": 8}
+    small, large = defect_row(86, **sizes), defect_row(90, **sizes)
+    assert "bytes of shared memory, of 101376" in broken_rules((86, "multiply"), small)[0]
+    assert broken_rules((90, "multiply"), large) == []
+
+
+def test_too_much_tensor_memory_is_found(sound: Row) -> None:
+    assert broken_rules(KEY, replace(sound, tensor_memory=512)) == []
+    assert "1024 columns of tensor memory" in broken_rules(KEY, replace(sound, tensor_memory=1024))[0]
+
+
+def test_narrow_loads_are_found(sound: Row) -> None:
+    row = defect_row(row_stride=4097)
+    assert any("loads of 16 bits, was none" in problem for problem in regressions(KEY, row, sound))
+    assert any("0 loads of 128 bits, was 16" in problem for problem in regressions(KEY, row, sound))
+
+
+def test_a_lost_tensor_core_instruction_is_found(sound: Row) -> None:
+    row = defect_row(use_dot=False)
+    assert row.main_loop == 0
+    assert any("0 mma instructions, was 32" in problem for problem in regressions(KEY, row, sound))
+
+
+def test_another_kind_of_tensor_core_instruction_is_a_lost_one(sound: Row) -> None:
+    row = defect_row(90)
+    assert row.tensor_core == {"wgmma": 4}
+    assert any("0 mma instructions" in problem for problem in regressions(KEY, row, sound))
+
+
+@pytest.mark.parametrize("field", ["registers", "instructions", "main_loop"])
+def test_growth_beyond_a_tenth_is_found(sound: Row, field: str) -> None:
+    before = replace(sound, **{field: 100})
+    assert regressions(KEY, replace(sound, **{field: 110}), before) == []
+    assert f"{field} 111, was 100" in regressions(KEY, replace(sound, **{field: 111}), before)[0]
+    assert regressions(KEY, replace(sound, **{field: 50}), before) == []
+
+
+def test_an_error_in_a_kernel_names_kernel_and_architecture() -> None:
+    with pytest.raises(BenchError, match="undefined does not compile for sm_80"):
+        compile_for(aot_defects.undefined(), 80)
+
+
+# ---- the table
+
+
+def test_a_table_is_read_as_it_was_written(sound: Row, tmp_path: Path) -> None:
+    rows = {(90, "b"): sound, (80, 'a "quoted" name'): replace(sound, per_weight=10.5), (80, "a"): sound}
+    write_table(tmp_path / "table.json", Table("3.9.0", rows))
+    assert read_table(tmp_path / "table.json") == Table("3.9.0", rows)
+    lines = (tmp_path / "table.json").read_text().splitlines()
+    assert sum('"registers"' in line for line in lines) == len(rows)  # one line each, so that changes can be read
+
+
+def test_a_missing_table_says_how_to_write_it(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="--update writes it"):
+        read_table(tmp_path / "table.json")
+
+
+def test_rows_that_one_side_lacks_are_found(sound: Row) -> None:
+    assert problems({KEY: sound}, {KEY: sound}) == []
+    assert problems({KEY: sound}, {}) == ["sm_80 multiply: has no row in the table"]
+    assert problems({}, {KEY: sound}) == ["sm_80 multiply: nothing is compiled for this row"]
+
+
+# ---- the benchmarks
+
+
+def test_the_counted_product_is_the_tile_that_the_figure_is_about() -> None:
+    product = cases.nf4_product(90)
+    constants = product.named_constants
+    assert (constants["BLOCK_TOKENS"], constants["BLOCK_OUT"], constants["BLOCK_IN"]) == (128, 128, 64)
+    assert product.num_warps == 8
+    assert product.signature["x"] == "*bf16"
+
+
+@pytest.mark.parametrize(("architecture", "limit"), [(80, 10.6), (90, 9.3)])
+def test_a_decoded_weight_takes_few_instructions(architecture: int, limit: float) -> None:
+    measured = {one.unit: one for one in cases.instructions() if one.case.startswith(f"sm_{architecture},")}
+    assert 4 < measured["instructions/weight"].ours[0] <= limit
+    assert measured["share of bytes"].ours == [1.0]
+
+
+def test_products_use_the_fastest_tensor_core_instruction() -> None:
+    assert [one.ours for one in cases.tensor_core()] == [[1.0]] * len(ARCHITECTURES)
