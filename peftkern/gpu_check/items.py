@@ -59,12 +59,16 @@ class Item(Protocol):
 
 @dataclass(frozen=True)
 class Operation:
-    """Forward or backward of a group; ``path`` is forced, or ``None`` for the one that the table picks."""
+    """Forward or backward of a group; ``path`` is forced, or ``None`` for the one that the table picks.
+
+    ``native``: forward of one layer on the kernels that nvcc compiles.
+    """
 
     subject: Subject
     tokens: int
     direction: Direction
     path: Path | None = None
+    native: bool = False
 
     @property
     def title(self) -> str:
@@ -72,9 +76,12 @@ class Operation:
         return f"{self._name(self.path)}, {self.subject.group}, {self.tokens} tokens, {dtype}"
 
     def _name(self, path: Path | None) -> str:
-        return f"{self.direction} {self.subject.format or 'dense'} ({path or 'path by the table'})"
+        how = "cuda" if self.native else path or "path by the table"
+        return f"{self.direction} {self.subject.format or 'dense'} ({how})"
 
     def launches(self) -> list[Launch]:
+        if self.native:
+            return []
         operands = make(self.subject, self.tokens, "meta")
         with self._forced(), launch.recording() as launches:
             self._run(operands)
@@ -132,11 +139,16 @@ class Operation:
         return crossover.choose(self.direction, *shape, quantized, self.subject.dtype, device).path
 
     def _run(self, operands: Operands) -> Any:
+        if self.native:
+            (member,) = operands.members
+            backend = "cuda" if operands.backend == "triton" else operands.backend
+            y, h = registry.run("lora_linear", operands.x, member.weight, member.adapters, None, backend=backend)
+            return [y], h
         return operands.forward() if self.direction == "forward" else operands.backward()
 
     def _error(self, operands: Operands) -> float:
         if self.direction == "forward":
-            return references.forward_error(operands, operands.forward()[0])
+            return references.forward_error(operands, self._run(operands)[0])
         return references.backward_error(operands, *operands.backward())
 
     def _peer_seconds(self, name: str, bench: Bench) -> float:
@@ -198,6 +210,62 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """``silu(gate) * up`` of a feed-forward block, or its backward pass."""
+
+    tokens: int
+    features: int
+    dtype: torch.dtype
+    direction: Direction
+
+    @property
+    def title(self) -> str:
+        return f"{self._operation}, {self.tokens}x{self.features}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def _operation(self) -> str:
+        return "silu_mul" if self.direction == "forward" else "silu_mul_backward"
+
+    def launches(self) -> list[Launch]:
+        with launch.recording() as launches:
+            self.run_once("meta")
+        return launches
+
+    def run_once(self, device: str) -> None:
+        self._call(self._input(device), "triton")()
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        first = self._input(bench.device)
+        sets = [[tensor.clone() for tensor in first] for _ in range(bench.timer.copies(_bytes(first)))]
+        calls = [self._call(one, bench.backend) for one in sets]
+        found = self._results(calls[0]())
+        exact = self._results(self._call([tensor.double() for tensor in first], "reference")())
+        error = max(references.relative_error(*pair) for pair in zip(found, exact, strict=True))
+        shape, moved = f"{self.tokens}x{self.features}", _bytes([*first, *found])
+        limit = references.LIMITS[self.dtype]
+        seconds = bench.timer.seconds(calls)
+        yield Row(self._operation, shape, self.tokens, seconds, moved, 0, "single", {}, error, limit)
+
+    def _input(self, device: str) -> list[Tensor]:
+        """gate and up, and backward the gradient in front of them."""
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
+        count = 2 if self.direction == "forward" else 3
+        shape = (self.tokens, self.features)
+        return [torch.empty(shape, device=device).normal_(generator=generator).to(self.dtype) for _ in range(count)]
+
+    def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
+        flags = () if self.direction == "forward" else (True, True)
+        return partial(registry.run, self._operation, *tensors, *flags, backend=backend)
+
+    def _results(self, result: Any) -> list[Tensor]:
+        return [result] if isinstance(result, Tensor) else list(result)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
 class Conversion:
     """Quantize or dequantize one weight, bit for bit as the reference does."""
 
@@ -238,7 +306,7 @@ class Conversion:
         calls = [self._call(one, backend) for one in inputs]
         found = _parts(calls[0]())
         error = references.differing_share(found, _parts(self._reference(inputs[0])))
-        moved = sum(tensor.nbytes for tensor in (*_parts(inputs[0]), *found))
+        moved = _bytes([*_parts(inputs[0]), *found])
         shape = f"{self.shape[0]}x{self.shape[1]}"
         yield Row(self._name, shape, None, bench.timer.seconds(calls), moved, 0, "single", {}, error, 0.0)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from peftkern.backends.cuda import MAX_TOKENS
 from peftkern.backends.triton.devices import Rates
 from peftkern.backends.triton.launch import Launch
 from peftkern.backends.triton.roofline import OVERHEAD, possible_paths
-from peftkern.gpu_check.items import Conversion, Item, Kernels, Operation
+from peftkern.gpu_check.items import Conversion, Gate, Item, Kernels, Operation
 from peftkern.tune.measure import DIRECTIONS, product
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import LLAMA_3_8B
@@ -19,6 +20,7 @@ TOKENS = (2048, 1, 512, 8, 8192, 64)
 
 _WEIGHTS = ((4096, 4096), (14336, 4096))
 _CONVERSIONS = (("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("int8_blockwise", False))
+"""Format, and whether its scales are quantized as well."""
 _OTHERS = (("int8", torch.bfloat16), (None, torch.bfloat16), ("nf4", torch.float16), ("nf4", torch.float32))
 _CALLS_PER_TIME = 150
 """Calls that one time takes, warm-up included."""
@@ -34,7 +36,15 @@ def items() -> list[Item]:
         for group in LLAMA_3_8B
         for direction in DIRECTIONS
     ]
-    return [*operations, *map(Kernels, operations), *_conversions(), *_other_weights(), *_forced_paths(operations)]
+    return [
+        *operations,
+        *map(Kernels, operations),
+        *_conversions(),
+        *_native(),
+        *_gates(),
+        *_other_weights(),
+        *_forced_paths(operations),
+    ]
 
 
 def _conversions() -> Iterator[Item]:
@@ -43,6 +53,19 @@ def _conversions() -> Iterator[Item]:
             for format, double_quant in _CONVERSIONS:
                 for backend in ("cuda", "triton"):
                     yield Conversion(operation, format, shape, torch.bfloat16, backend, double_quant)
+
+
+def _native() -> Iterator[Item]:
+    for tokens in (1, 8, MAX_TOKENS):
+        for group in LLAMA_3_8B:
+            if len(group.outputs) == 1:
+                yield Operation(Subject(group, "nf4", torch.bfloat16), tokens, "forward", native=True)
+
+
+def _gates() -> Iterator[Item]:
+    for tokens in TOKENS:
+        for direction in DIRECTIONS:
+            yield Gate(tokens, 14336, torch.bfloat16, direction)
 
 
 def _other_weights() -> Iterator[Item]:

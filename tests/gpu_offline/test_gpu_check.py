@@ -25,7 +25,7 @@ from peftkern.backends.triton import crossover, devices, launch
 from peftkern.gpu_check import __main__ as command
 from peftkern.gpu_check import build, numerics, peers, plan, processes, run
 from peftkern.gpu_check.errors import CheckError
-from peftkern.gpu_check.items import Bench, Conversion, Item, Kernels, Operation
+from peftkern.gpu_check.items import Bench, Conversion, Gate, Item, Kernels, Operation
 from peftkern.gpu_check.report import Report
 from peftkern.gpu_check.rows import Row
 from peftkern.tune.operands import Subject
@@ -168,6 +168,21 @@ def test_one_wrong_number_makes_the_row_wrong(direction: Any, monkeypatch: pytes
     monkeypatch.setattr(registry, "run", spoilt)
     (row,) = Operation(Subject(SMALL, "nf4", torch.float32), 8, direction).rows(on_cpu())
     assert not row.right
+
+
+def test_the_native_product_is_compared_with_float64() -> None:
+    (row,) = Operation(Subject(Group((64,), 64), "nf4", torch.float32), 8, "forward", native=True).rows(on_cpu())
+    assert row.kernel == "forward nf4 (cuda)"
+    assert row.error is not None
+    assert 0 < row.error <= 5e-6
+
+
+@pytest.mark.parametrize(("direction", "tensors"), [("forward", 3), ("backward", 5)])
+def test_gates_are_compared_with_float64(direction: Any, tensors: int) -> None:
+    (row,) = Gate(8, 32, torch.float32, direction).rows(on_cpu())
+    assert row.error is not None
+    assert 0 < row.error <= 5e-6
+    assert row.moved == tensors * 4 * 8 * 32
 
 
 @needs_triton
