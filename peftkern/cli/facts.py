@@ -16,6 +16,7 @@ from peftkern import ops
 from peftkern.backends import cpu, registry
 from peftkern.finetune.versions import versions
 from peftkern.ops.lora_linear import Adapters
+from peftkern.ops.lora_linear_group import Member
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
 _VARIABLES = (registry.ENVIRONMENT_VARIABLE, cpu.ENVIRONMENT_VARIABLE, "OMP_NUM_THREADS", "PEFTKERN_CACHE")
@@ -98,6 +99,10 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
             yield "lora_linear_backward", text, partial(_backward, format, dtype)
     yield "lora_linear", "dense weight, float32", partial(_forward, None, torch.float32)
     yield "lora_linear_backward", "dense weight, float32", partial(_backward, None, torch.float32)
+    for count, dtype in ((3, torch.float32), (2, torch.bfloat16)):
+        text = f"{count} nf4 weights, {str(dtype).removeprefix('torch.')}"
+        yield "lora_linear_group", text, partial(_group_forward, count, dtype)
+        yield "lora_linear_group_backward", text, partial(_group_backward, count, dtype)
     yield "quantize", "nf4, scales quantized as well", lambda: (_weight(None), "nf4", 64, True)
     yield "dequantize", "nf4 to float32", lambda: (_weight("nf4"), torch.float32)
     yield "dequantize", "nf4 to bfloat16", lambda: (_weight("nf4"), torch.bfloat16)
@@ -128,6 +133,16 @@ def _forward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
 def _backward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
     return x, x, _weight(format), _adapters(), torch.zeros(_TOKENS, _RANK), True, [True, True]
+
+
+def _group_forward(count: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    member = Member(_weight("nf4"), _adapters(), None)
+    return torch.zeros(_TOKENS, _FEATURES, dtype=dtype), [member] * count
+
+
+def _group_backward(count: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, members = _group_forward(count, dtype)
+    return [x] * count, x, members, torch.zeros(_TOKENS, _RANK * count), True, [[True, True]] * count
 
 
 def _choices() -> Iterator[Choice]:

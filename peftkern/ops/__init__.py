@@ -2,7 +2,8 @@
 
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.lora_linear import lora_linear
+from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.quantize import quantize
 from peftkern.ops.silu_mul import silu_mul
 
-__all__ = ["dequantize", "lora_linear", "quantize", "silu_mul"]
+__all__ = ["dequantize", "lora_linear", "lora_linear_group", "quantize", "silu_mul"]

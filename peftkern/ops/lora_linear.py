@@ -97,19 +97,24 @@ def lora_linear(
         TypeError: an argument has the wrong type or dtype.
         BackendError: a forced backend cannot run the call.
     """
-    adapters = _check_adapters(lora_A, lora_B, scaling, dropout_p)
-    _check(x, weight, adapters, bias)
-    device_type = x.device.type
-    # the meta device has no autocast, and asking for it raises
-    if x.dtype != torch.float64 and not x.is_meta and torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
+    adapters = check_adapters(lora_A, lora_B, scaling, dropout_p)
+    check_call(x, weight, adapters, bias)
+    x = in_autocast_dtype(x)
     seed = dropout.draw_seed() if any(adapters.dropout_p) else None
     lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
-    if is_plain_eager((x, *_weight_tensors(weight), *lists[0], *lists[1]), bias):
+    if is_plain_eager((x, *weight_tensors(weight), *lists[0], *lists[1]), bias):
         return _apply(x, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
     y: Tensor
-    y, _ = torch.ops.peftkern.lora_linear(x, *_flatten_weight(weight), *lists, seed, bias, backend)
+    y, _ = torch.ops.peftkern.lora_linear(x, *flatten_weight(weight), *lists, seed, bias, backend)
     return y
+
+
+def in_autocast_dtype(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on; a float64 x stays."""
+    # the meta device has no autocast, and asking for it raises
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 # ---- checks
@@ -124,7 +129,8 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if _is_list(value) else [value]
 
 
-def _check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout_p: Any) -> Adapters:
+def check_adapters(lora_A: Any, lora_B: Any, scaling: Any, dropout_p: Any) -> Adapters:
+    """The adapters of one call, without a seed, from arguments as `lora_linear` takes them; raises as it does."""
     if (lora_A is None) != (lora_B is None):
         missing = "lora_A" if lora_A is None else "lora_B"
         raise ValueError(f"lora_linear: lora_A and lora_B go together, but {missing} is None")
@@ -176,7 +182,8 @@ def _check_weight(weight: Any, device: torch.device) -> None:
         raise ValueError(f"lora_linear: weight must be [out, in], got {list(weight.shape)}")
 
 
-def _check(x: Any, weight: Any, adapters: Adapters, bias: Any) -> None:
+def check_call(x: Any, weight: Any, adapters: Adapters, bias: Any) -> None:
+    """Raise as `lora_linear` does where the arguments do not fit each other."""
     if not isinstance(x, Tensor):
         raise TypeError(f"lora_linear: x must be a tensor, got {type(x).__name__}")
     _check_tensor("x", x, x.device)
@@ -201,7 +208,7 @@ def _check_factors(adapters: Adapters, out_features: int, in_features: int, devi
         _check_shape("lora_B", lora_B, (out_features, lora_A.shape[0]), "[out, r]")
 
 
-def _check_backward(grad: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, h: Tensor) -> None:
+def check_backward(grad: Tensor, x: Tensor | None, weight: Weight, adapters: Adapters, h: Tensor) -> None:
     """What a raw call of the backward operator can get wrong; autograd's own calls pass."""
     _check_tensor("grad", grad, grad.device)
     _check_weight(weight, grad.device)
@@ -218,7 +225,8 @@ def _check_backward(grad: Tensor, x: Tensor | None, weight: Weight, adapters: Ad
 # ---- the weight as operator arguments
 
 
-def _weight_tensors(weight: Weight) -> tuple[Tensor, ...]:
+def weight_tensors(weight: Weight) -> tuple[Tensor, ...]:
+    """Every tensor that makes up the weight."""
     if isinstance(weight, Tensor):
         return (weight,)
     nested = weight.double_quantization
@@ -227,7 +235,8 @@ def _weight_tensors(weight: Weight) -> tuple[Tensor, ...]:
     return weight.packed, weight.scales, nested.absmax, nested.offset
 
 
-def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
+def flatten_weight(weight: Weight) -> tuple[Any, ...]:
+    """The weight as an operator takes it."""
     if isinstance(weight, Tensor):
         return weight, None, None, None, _DENSE, 0, 0, *weight.shape
     nested = weight.double_quantization
@@ -243,7 +252,8 @@ def _flatten_weight(weight: Weight) -> tuple[Any, ...]:
     )
 
 
-def _unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
+def unflatten_weight(dtype: torch.dtype, arguments: Sequence[Any]) -> Weight:
+    """The way back from :func:`flatten_weight`; ``dtype`` is that of the activations."""
     packed, scales, scales_absmax, scales_offset, format, block_size, scales_block_size, *shape = arguments
     if format == _DENSE:
         _check_shape("weight", packed, tuple(shape), "[out_features, in_features]")
@@ -360,7 +370,7 @@ def _tokens(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 
 
-def _as_matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
     """[..., features] as [tokens, features]; not with -1, which is ambiguous for 0 features."""
     return tensor.reshape(_tokens(tensor), tensor.shape[-1])
 
@@ -368,7 +378,7 @@ def _as_matrix(tensor: Tensor) -> Tensor:
 def _run_forward(
     x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    y, h = registry.run("lora_linear", _as_matrix(x), weight, adapters, bias, backend=backend)
+    y, h = registry.run("lora_linear", as_matrix(x), weight, adapters, bias, backend=backend)
     # not a view in autograd's eyes: the output of an operator may be modified in place, one of several views may not
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]), h
 
@@ -383,8 +393,8 @@ def _run_backward(
     need_lora: Sequence[bool],
     backend: str | None,
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    grad_ = _as_matrix(grad)
-    x_ = None if x is None else _as_matrix(x)
+    grad_ = as_matrix(grad)
+    x_ = None if x is None else as_matrix(x)
     grad_x, grad_A, grad_B = registry.run(
         "lora_linear_backward", grad_, x_, weight, adapters, h, need_x, need_lora, backend=backend
     )
@@ -393,13 +403,23 @@ def _run_backward(
     return grad_x, grad_A, grad_B
 
 
-def _bias_gradient(grad: Tensor) -> Tensor:
-    return _as_matrix(grad).sum(0)
+def bias_gradient(grad: Tensor) -> Tensor:
+    """The sum over all tokens, [out]."""
+    return as_matrix(grad).sum(0)
 
 
-def _versions(weight: Weight) -> list[int | None]:
+def weight_versions(weight: Weight) -> list[int | None]:
     """Counts the in-place changes of each tensor of the weight; ``None`` where inference mode keeps no count."""
-    return [None if tensor.is_inference() else tensor._version for tensor in _weight_tensors(weight)]
+    return [None if tensor.is_inference() else tensor._version for tensor in weight_tensors(weight)]
+
+
+def check_versions(weight: Weight, versions: Sequence[int | None]) -> None:
+    """Raise in the backward pass where the weight was modified in place after the forward pass."""
+    if weight_versions(weight) != versions:
+        raise RuntimeError(
+            "lora_linear: weight was modified in place between the forward and the backward pass, which needs it "
+            "as it was; modify it after backward, or call the layer again"
+        )
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -421,7 +441,7 @@ class _LoraLinear(torch.autograd.Function):
         adapters = Adapters(lora[:count], lora[count:], scaling, dropout_p, seed)
         y, h = _run_forward(x, weight, adapters, bias, backend)
         # not among the saved tensors, whose hooks would copy or offload a weight that stays where it is anyway
-        ctx.call = (weight, _versions(weight), scaling, dropout_p, backend)
+        ctx.call = (weight, weight_versions(weight), scaling, dropout_p, backend)
         ctx.save_for_backward(x if any(ctx.needs_input_grad[7 : 7 + count]) else None, seed, h, *lora)
         return y
 
@@ -429,17 +449,13 @@ class _LoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, versions, scaling, dropout_p, backend = ctx.call
-        if _versions(weight) != versions:
-            raise RuntimeError(
-                "lora_linear: weight was modified in place between the forward and the backward pass, which needs it "
-                "as it was; modify it after backward, or call the layer again"
-            )
+        check_versions(weight, versions)
         x, seed, h, *lora = ctx.saved_tensors
         adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
         need_x, need_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         grad = grad.resolve_neg()  # the operator would be handed it so
         grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
-        grad_bias = _bias_gradient(grad) if ctx.needs_input_grad[2] else None
+        grad_bias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None, None, None, None, *grad_A, *grad_B
 
 
@@ -458,10 +474,10 @@ _ADAPTER_ARGUMENTS = 5
     schema=f"(Tensor x, {_WEIGHT_SCHEMA}, {_ADAPTER_SCHEMA}, Tensor? bias, str? backend) -> (Tensor, Tensor)",
 )
 def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight = _unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
+    weight = unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
     *adapter_arguments, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
     adapters = Adapters(*adapter_arguments)
-    _check(x, weight, adapters, bias)
+    check_call(x, weight, adapters, bias)
     return _run_forward(x, weight, adapters, bias, backend)
 
 
@@ -479,10 +495,10 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     "str? backend) -> Tensor[]",
 )
 def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
-    weight = _unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
+    weight = unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
     *adapter_arguments, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
     adapters = Adapters(*adapter_arguments)
-    _check_backward(grad, x, weight, adapters, h)
+    check_backward(grad, x, weight, adapters, h)
     grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
     return [gradient for gradient in (grad_x, *grad_A, *grad_B) if gradient is not None]
 
@@ -526,7 +542,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     remaining = iter(gradients)
     grad_x = next(remaining) if need_x else None
     grad_lora = [next(remaining) if need else None for need in need_lora]
-    grad_bias = _bias_gradient(grad) if need_bias else None
+    grad_bias = bias_gradient(grad) if need_bias else None
     grad_A, grad_B = grad_lora[: ctx.count], grad_lora[ctx.count :]
     return grad_x, *no_weight, grad_A, grad_B, numbers, numbers, None, grad_bias, None
 
