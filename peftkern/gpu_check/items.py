@@ -248,10 +248,8 @@ class Gate:
 
     def _input(self, device: str) -> list[Tensor]:
         """gate and up, and backward the gradient in front of them."""
-        generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
         count = 2 if self.direction == "forward" else 3
-        shape = (self.tokens, self.features)
-        return [torch.empty(shape, device=device).normal_(generator=generator).to(self.dtype) for _ in range(count)]
+        return [torch.randn(self.tokens, self.features, device=device).to(self.dtype) for _ in range(count)]
 
     def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
         flags = () if self.direction == "forward" else (True, True)
@@ -299,8 +297,7 @@ class Conversion:
 
     def rows(self, bench: Bench) -> Iterator[Row]:
         backend = self.backend if bench.backend == "triton" else bench.backend
-        generator = torch.Generator(bench.device).manual_seed(0)
-        dense = torch.randn(self.shape, generator=generator, device=bench.device).to(self.dtype)
+        dense = torch.randn(self.shape, device=bench.device).to(self.dtype)
         copies = bench.timer.copies(dense.nbytes)
         inputs = [self._input(dense.clone()) for _ in range(copies)]
         calls = [self._call(one, backend) for one in inputs]

@@ -87,6 +87,7 @@ def check(device: DeviceKey, root: Path, output: Path, limit: Limit, say: Callab
         for number, one in enumerate(compiled, 1)
         if one.code != 0
     ]
+    torch.manual_seed(0)
     time_items(plan.items(), Bench(CudaTimer(), "cuda", peers.names()), report, limit, say)
     report.seconds = limit.seconds - limit.left()
     report.write(output)

@@ -70,13 +70,11 @@ class Operands:
         return replace(self, x=self.x.clone(), members=members, grads=grads)
 
 
-def make(subject: Subject, tokens: int, device: str, seed: int = 0) -> Operands:
-    """Random operands with the magnitudes of a layer in training."""
-    generator = torch.Generator(device if device != "meta" else "cpu").manual_seed(seed)
+def make(subject: Subject, tokens: int, device: str) -> Operands:
+    """Random operands with the magnitudes of a layer in training; they follow ``torch.manual_seed``."""
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.empty(shape, dtype=torch.float32, device=device)
-        return (values.normal_(generator=None if values.is_meta else generator) * scale).to(subject.dtype)
+        return (torch.randn(shape, dtype=torch.float32, device=device) * scale).to(subject.dtype)
 
     group = subject.group
     members = [_member(subject, output, normal) for output in group.outputs]
