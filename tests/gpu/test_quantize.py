@@ -7,7 +7,8 @@ from torch import Tensor
 
 from peftkern.backends.triton.quantize import ELEMENTS, ROW_ELEMENTS, quantize
 from peftkern.formats import QuantizedTensor, codebook
-from peftkern.ops.quantize import SCALES_BLOCK_SIZE, quantize_reference
+from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS
+from peftkern.ops.quantize import SCALES_BLOCK_SIZE, dynamic_grid, four_bit_bounds, quantize_reference
 
 BLOCK_FORMATS = ("nf4", "fp4", "int8_blockwise")
 WHOLE, BLOCKS_LEFT, SHORT_BLOCK = (2, ELEMENTS), (3, 27, 64), (3, 1733)
@@ -66,14 +67,32 @@ def test_rows_round_half_to_even() -> None:
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_values_beside_every_threshold(format: str) -> None:
     values = codebook(format).sort().values
-    steps = torch.arange(0, 65536, 13)
-    exact = [values, (values[:-1] + values[1:]) / 2, steps / 32767.5 - 1, (steps - 0.5) / 32767.5 - 1]
+    grid = dynamic_grid(torch.device("cpu"))
+    steps = (grid[1:] != grid[:-1]).nonzero().flatten() + torch.tensor([[1.0], [0.5], [0.0]])
+    exact = [values, (values[:-1] + values[1:]) / 2, steps.flatten() / 32767.5 - 1]
     beside = [torch.nextafter(v, torch.tensor(side)) for v in exact for side in (-2.0, 2.0)]
     w = torch.cat([*exact, *beside]).clamp(-1, 1)
     w = torch.nn.functional.pad(w, (0, -len(w) % 31)).view(-1, 31)
     w = torch.nn.functional.pad(w, (1, 0), value=1.0)  # a one in every block of 32: the quotients are the values
     _assert_exact(w, format, 32)
     _assert_exact(w.view(-1)[:-1], format, 32)
+
+
+def _told_apart(bounds: Tensor) -> Tensor:
+    """[n, 2]: an absmax and a value whose quotient and whose product with the reciprocal lie in two intervals."""
+    absmax = torch.linspace(1.01, 1.99, 199)[:, None].expand(-1, len(bounds))
+    value = (absmax * bounds).contiguous()
+    apart = torch.bucketize(value / absmax, bounds) != torch.bucketize(value * absmax.reciprocal(), bounds)
+    return torch.stack([absmax[apart], value[apart]], 1)
+
+
+@pytest.mark.parametrize("format", sorted(FOUR_BIT_FORMATS))
+def test_a_short_block_is_divided_and_others_are_multiplied_by_the_reciprocal(format: str) -> None:
+    pairs = _told_apart(four_bit_bounds(format, torch.device("cpu"))[0])[:3]
+    assert len(pairs) == 3
+    for pair in pairs:
+        _assert_exact(pair, format)
+        _assert_exact(torch.nn.functional.pad(pair, (0, 62)), format)
 
 
 def _hard_blocks(length: int) -> Tensor:

@@ -136,7 +136,7 @@ def quantize_8bit_kernel(
     store_scales(scales, first_element, absmax, remaining, BLOCK_SIZE, MASKED)
 
     scaled = tl.reshape(blocks * tl.div_rn(1.0, absmax)[:, None], (ELEMENTS,))
-    # 0 * (1 / 0) and 0 * (1 / denormal) are NaN, and stand for code 0, the lowest.
+    # 0 * (1 / 0) and 0 * (1 / denormal) are NaN, of which clamp makes anything; they stand for code 0, the lowest.
     scaled = tl.where(scaled == scaled, tl.clamp(scaled, -1.0, 1.0), -1.0)
     points = ((scaled + 1.0) * 0.5 * _LAST_STEP + 0.5).to(tl.int32)
     elements = tl.arange(0, ELEMENTS)
