@@ -44,13 +44,15 @@ class Implementation:
     """How one backend runs one operation.
 
     ``supports`` takes the operation's arguments and returns ``None``, or the reason why it cannot run them: a
-    :class:`NotMeant` where another backend is made for them, such as :data:`ELSEWHERE`.
+    :class:`NotMeant` where another backend is made for them, such as :data:`ELSEWHERE`. ``form`` takes them as well,
+    and names the way that the backend would run them; ``None`` where there is one way only.
     """
 
     operation: str
     backend: str
     function: Callable[..., Any]
     supports: Supports
+    form: Callable[..., str] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def _supports_everything(*_args: Any, **_kwargs: Any) -> str | None:
 
 
 def register(
-    operation: str, backend: str, *, supports: Supports = _supports_everything
+    operation: str,
+    backend: str,
+    *,
+    supports: Supports = _supports_everything,
+    form: Callable[..., str] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator that enters a function in the table as ``backend``'s way to run ``operation``.
 
@@ -88,7 +94,7 @@ def register(
         entries = _TABLE.setdefault(operation, {})
         if backend in entries:
             raise ValueError(f"register: {operation!r} already has an implementation for backend {backend!r}")
-        entries[backend] = Implementation(operation, backend, function, supports)
+        entries[backend] = Implementation(operation, backend, function, supports, form)
         needed = _required_parameters(supports)
         _arguments_needed[operation] = max(needed, _arguments_needed.get(operation, 0))
         return function
@@ -181,6 +187,13 @@ def _choose_forced(
     if objection is not None:
         raise BackendError(f"{operation}: backend {forced!r} was forced and cannot run this call: {objection}")
     return Choice(forced, "forced", entries[forced].function)
+
+
+def describe(operation: str, *args: Any, backend: str | None = None) -> str:
+    """The backend that :func:`choose` picks, and in brackets its form if it has several."""
+    chosen = choose(operation, *args, backend=backend).backend
+    form = _TABLE[operation][chosen].form
+    return chosen if form is None else f"{chosen} ({form(*args)})"
 
 
 def run(operation: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import registry
+from peftkern.backends.triton import crossover
 from peftkern.backends.triton.launch import is_ours
+from peftkern.backends.triton.roofline import Direction
 from peftkern.formats import QuantizedTensor
 from peftkern.ops.lora_linear import Adapters, Weight
 
@@ -79,11 +81,37 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
 # ---- lora_linear
 
 
+def _path(direction: Direction, activations: Tensor, weights: Sequence[Weight]) -> str:
+    shapes = [weight.shape for weight in weights]
+    first = weights[0]
+    quantized = isinstance(first, QuantizedTensor) or first.dtype != activations.dtype
+    shape = (sum(shape[0] for shape in shapes), shapes[0][1], len(weights))
+    device = crossover.device_key(activations)
+    return crossover.choose(direction, activations.shape[0], *shape, quantized, activations.dtype, device).path
+
+
+def _form_forward(x: Tensor, weight: Weight, *_rest: Any) -> str:
+    return _path("forward", x, [weight])
+
+
+def _form_backward(grad: Tensor, _x: Tensor | None, weight: Weight, *_rest: Any) -> str:
+    return _path("backward", grad, [weight])
+
+
+def _form_group(x: Tensor, members: Sequence[Any], *_rest: Any) -> str:
+    return _path("forward", x, [member.weight for member in members])
+
+
+def _form_group_backward(grads: Sequence[Tensor | None], _x: Tensor | None, members: Sequence[Any], *_rest: Any) -> str:
+    present = next(grad for grad in grads if grad is not None)
+    return _path("backward", present, [member.weight for member in members])
+
+
 def _supports_forward(x: Tensor, weight: Weight, *_rest: Any) -> str | None:
     return _objection_to_product(x, [weight])
 
 
-@registry.register("lora_linear", "triton", supports=_supports_forward)
+@registry.register("lora_linear", "triton", supports=_supports_forward, form=_form_forward)
 def lora_linear(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Forward; see :func:`peftkern.ops.lora_linear.lora_linear_reference` for shapes."""
     from peftkern.backends.triton.lora_linear import lora_linear
@@ -95,7 +123,7 @@ def _supports_backward(grad: Tensor, _x: Tensor | None, weight: Weight, *_rest: 
     return _objection_to_product(grad, [weight])
 
 
-@registry.register("lora_linear_backward", "triton", supports=_supports_backward)
+@registry.register("lora_linear_backward", "triton", supports=_supports_backward, form=_form_backward)
 def lora_linear_backward(
     grad: Tensor,
     x: Tensor | None,
@@ -115,7 +143,7 @@ def _supports_group(x: Tensor, members: Sequence[Any], *_rest: Any) -> str | Non
     return _objection_to_product(x, [member.weight for member in members])
 
 
-@registry.register("lora_linear_group", "triton", supports=_supports_group)
+@registry.register("lora_linear_group", "triton", supports=_supports_group, form=_form_group)
 def lora_linear_group(x: Tensor, members: Sequence[Any]) -> tuple[list[Tensor], Tensor]:
     """Forward; see :mod:`peftkern.ops.lora_linear_group` for shapes."""
     from peftkern.backends.triton.lora_linear import group_forward
@@ -130,7 +158,7 @@ def _supports_group_backward(
     return _objection_to_product(present, [member.weight for member in members])
 
 
-@registry.register("lora_linear_group_backward", "triton", supports=_supports_group_backward)
+@registry.register("lora_linear_group_backward", "triton", supports=_supports_group_backward, form=_form_group_backward)
 def lora_linear_group_backward(
     grads: Sequence[Tensor | None],
     x: Tensor | None,
