@@ -480,3 +480,32 @@ def silu_mul_backward(
         torch.get_num_threads(),
     )
     return grad_gate, grad_up
+
+
+# ---- gated_lora_linear
+
+
+def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: Weight, *_rest: Any) -> str | None:
+    return _objection(grad, weight)
+
+
+@registry.register("gated_lora_linear_backward", "cpu", supports=_supports_gated_backward)
+def gated_lora_linear_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_gate: bool,
+    need_up: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
+    need_x = need_gate or need_up
+    x = silu_mul(gate, up) if any(need_lora[: len(adapters)]) else None
+    grad_x, grad_A, grad_B = lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
+    del x
+    if grad_x is None:
+        return None, None, grad_A, grad_B
+    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B

@@ -41,14 +41,15 @@ def silu_mul(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: an argument is no tensor or has another dtype.
         BackendError: a forced backend cannot run the call.
     """
-    _check(gate, up)
+    check_gate(gate, up)
     if is_plain_eager((gate, up)):
         return _apply(gate, up, backend)
     y: Tensor = torch.ops.peftkern.silu_mul(gate, up, backend)
     return y
 
 
-def _check(gate: Any, up: Any) -> None:
+def check_gate(gate: Any, up: Any) -> None:
+    """Raise as `silu_mul` does where the arguments do not fit each other."""
     for name, value in (("gate", gate), ("up", up)):
         if not isinstance(value, Tensor):
             raise TypeError(f"silu_mul: {name} must be a tensor, got {type(value).__name__}")

@@ -1,7 +1,7 @@
 """Gradients of the adapters as two skinny kernels: ``pull`` reads dY once, ``push`` reads x once.
 
     pull:  g = s · dY B     dB = dYᵀ h      one adapter of every member
-    push:  dA = gᵀ D(x)
+    push:  dA = gᵀ D(x)                       x may be silu(gate) ⊙ up, made again on the way
 
 A program of ``pull`` takes some tokens and some outputs, and so sees a part of either sum: g's runs over outputs, dB's
 over tokens. A program of ``push`` takes a strip of x's columns over all tokens, or over a part of them. Parts are added
@@ -23,6 +23,7 @@ from peftkern.backends.triton.dropout import keep_factor
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import select
 from peftkern.backends.triton.reduce import sum_parts
+from peftkern.backends.triton.silu_mul import gated
 
 # ---- pull: g and dB
 
@@ -165,16 +166,19 @@ def pull(
 @triton.jit
 def push_kernel(
     x,
+    up,
     g,
     masks,
     grad_A,
     tokens,
     in_features,
     x_stride,
+    up_stride,
     g_stride,
     ranks,
     columns,
     token_part,
+    GATED: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -194,6 +198,9 @@ def push_kernel(
         rows = token_rows.to(tl.int64)
         exists = (token_rows < tokens)[:, None]
         tile = tl.load(x + rows[:, None] * x_stride + inputs[None, :], mask=exists & inside, other=0.0)
+        if GATED:
+            other = tl.load(up + rows[:, None] * up_stride + inputs[None, :], mask=exists & inside, other=0.0)
+            tile = gated(tile, other).to(tile.dtype)
         left = g + rows[:, None] * g_stride + numbers[None, :]
         sum_0 = add_outer(
             sum_0, left + columns[0], ranks[0], masks[0], tile, exists, rows, inputs, RANK, DROPOUT, PRECISION
@@ -243,6 +250,7 @@ def store_strip(grad_A, total, part, rank, in_features, numbers, columns):
 
 def push(
     x: Tensor,
+    up: Tensor | None,
     g: Tensor,
     slots: Slots,
     grad_A: Sequence[Tensor],
@@ -252,7 +260,8 @@ def push(
     """Write dA.
 
     Args:
-        x: [tokens, in], its columns next to each other.
+        x: [tokens, in], its columns next to each other; with ``up`` the gate that x is made of.
+        up: the other half of a gated x, or ``None``.
         g: [tokens, Σr] float32.
         slots: one per member.
         grad_A: contiguous [r, in] per slot, of one dtype.
@@ -269,19 +278,22 @@ def push(
         push_kernel,
         (strips, parts),
         x,
+        x if up is None else up,
         g,
         slots.masks,
         tuple(results),
         tokens,
         in_features,
         x.stride(0),
+        x.stride(0) if up is None else up.stride(0),
         g.stride(0),
         slots.ranks,
         slots.columns,
         token_part,
-        traffic=Traffic((x, *slots.part_of(g)), results, flops=2 * tokens * in_features * sum(slots.ranks)),
+        traffic=Traffic((x, up, *slots.part_of(g)), results, flops=2 * tokens * in_features * sum(slots.ranks)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        GATED=up is not None,
         SLOTS=len(slots),
         RANK=slots.padded_rank,
         DROPOUT=slots.dropout,

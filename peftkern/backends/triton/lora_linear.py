@@ -24,6 +24,7 @@ from peftkern.backends.triton.product import product
 from peftkern.backends.triton.project import project
 from peftkern.backends.triton.reduce import sum_parts
 from peftkern.backends.triton.scratch import scratch
+from peftkern.backends.triton.silu_mul import silu_mul_backward
 from peftkern.backends.triton.weights import DENSE, WeightArguments, weight_arguments, weight_kind
 from peftkern.formats import QuantizedTensor
 from peftkern.ops.lora_linear import Adapters, Weight
@@ -55,6 +56,25 @@ def lora_linear_backward(
     member = Member(weight, adapters, None)
     grad_x, (grad_A,), (grad_B,) = group_backward([grad], x, [member], h, need_x, [need_lora])
     return grad_x, grad_A, grad_B
+
+
+def gated_lora_linear_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_gate: bool,
+    need_up: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference` for shapes."""
+    member, need_x = Member(weight, adapters, None), need_gate or need_up
+    grad_x, (grad_A,), (grad_B,) = group_backward([grad], gate, [member], h, need_x, [need_lora], up)
+    if grad_x is None:
+        return None, None, grad_A, grad_B
+    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
 
 
 # ---- a group
@@ -128,8 +148,12 @@ def group_backward(
     h: Tensor,
     need_x: bool,
     need_lora: Sequence[Sequence[bool]],
+    up: Tensor | None = None,
 ) -> tuple[Tensor | None, list[list[Tensor | None]], list[list[Tensor | None]]]:
-    """Backward of layers that share x; see :mod:`peftkern.ops.lora_linear_group` for shapes."""
+    """Backward of layers that share x; see :mod:`peftkern.ops.lora_linear_group` for shapes.
+
+    With ``up``, x is ``silu(x) * up``, made again where it is read.
+    """
     gradients = _AdapterGradients.of(members, need_lora)
     widths = [total_rank([member.adapters]) for member in members]
     grad_x: Tensor | None = None
@@ -139,7 +163,7 @@ def group_backward(
             continue
         begin = sum(widths[:first])
         columns = h[:, begin : begin + sum(widths[first:last])]
-        part = _backward(kept, x, members[first:last], columns, need_x, need_lora[first:last], gradients, first)
+        part = _backward(kept, x, up, members[first:last], columns, need_x, need_lora[first:last], gradients, first)
         grad_x = part if grad_x is None or part is None else grad_x.add_(part)
     return grad_x, gradients.grad_A, gradients.grad_B
 
@@ -147,6 +171,7 @@ def group_backward(
 def _backward(
     grads: Sequence[Tensor],
     x: Tensor | None,
+    up: Tensor | None,
     members: Sequence[Member],
     h: Tensor,
     need_x: bool,
@@ -172,7 +197,7 @@ def _backward(
         grad_x = _input_gradient(call, grads, members, slots, inner)
     if need_A:
         assert x is not None and g is not None
-        _push(call, _unit_stride(x), g, slots, len(members), gradients, first)
+        _push(call, _unit_stride(x), None if up is None else _unit_stride(up), g, slots, len(members), gradients, first)
     return grad_x
 
 
@@ -220,6 +245,7 @@ class _Sums:
 def _push(
     call: _Call,
     x: Tensor,
+    up: Tensor | None,
     g: Tensor,
     slots: Slots,
     members: int,
@@ -230,7 +256,7 @@ def _push(
         grad_A = gradients.new_a(index, range(first, first + members))
         tile = call.tile("push", some.padded_rank)
         for chosen in _one_launch_or_each(some):
-            push(x, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
+            push(x, up, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 
 
 def _input_gradient(call: _Call, grads: Sequence[Tensor], members: Sequence[Member], slots: Slots, g: Tensor) -> Tensor:

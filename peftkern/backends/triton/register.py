@@ -197,3 +197,28 @@ def silu_mul_backward(
     from peftkern.backends.triton.silu_mul import silu_mul_backward
 
     return silu_mul_backward(grad, gate, up, need_gate, need_up)
+
+
+# ---- gated_lora_linear
+
+
+def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: Weight, *_rest: Any) -> str | None:
+    return _objection_to_product(grad, [weight])
+
+
+@registry.register("gated_lora_linear_backward", "triton", supports=_supports_gated_backward)
+def gated_lora_linear_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_gate: bool,
+    need_up: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """See :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
+    from peftkern.backends.triton.lora_linear import gated_lora_linear_backward
+
+    return gated_lora_linear_backward(grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora)

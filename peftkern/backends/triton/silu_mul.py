@@ -14,12 +14,18 @@ _NUM_WARPS = 4
 
 
 @triton.jit
+def gated(gate, up):
+    """silu(gate) * up in float32."""
+    value = gate.to(tl.float32)
+    return value * tl.sigmoid(value) * up.to(tl.float32)
+
+
+@triton.jit
 def silu_mul_kernel(gate, up, y, count, BLOCK: tl.constexpr):
     elements = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = elements < count
-    value = tl.load(gate + elements, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(up + elements, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + elements, (value * tl.sigmoid(value) * other).to(y.dtype.element_ty), mask=mask)
+    value = gated(tl.load(gate + elements, mask=mask, other=0.0), tl.load(up + elements, mask=mask, other=0.0))
+    tl.store(y + elements, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
