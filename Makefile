@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SOURCES := Makefile setup.py CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 # Executes Triton kernels on the CPU. Its metadata asks for newer versions than it needs.
 EXECUTOR := ttsem==0.1.0
-CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 .PHONY: install demo test execute check gpu-check format sanitize bench clean
 

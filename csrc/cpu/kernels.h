@@ -5,6 +5,7 @@
 
 #include "peftkern/dropout.h"
 #include "peftkern/number.h"
+#include "peftkern/quantization.h"
 #include "peftkern/weight.h"
 
 namespace peftkern::cpu {

@@ -3,9 +3,6 @@
 // multiplication and addition may be contracted (-ffp-contract=off).
 #pragma once
 
-constexpr float kSmallestDivisor = 1e-38f;
-constexpr float kOneOver127 = 0.007874015718698502f;
-
 // The greatest magnitude. Magnitudes order as their bits do, and NaN above infinity, so neither can hide.
 static float largest_magnitude(const Quantization& q, int64_t begin, int64_t end) {
   alignas(64) float values[kBuffer];
