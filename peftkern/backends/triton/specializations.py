@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.triton.configurations import FEW_TOKENS
 from peftkern.backends.triton.crossover import forced
 from peftkern.backends.triton.devices import DeviceKey, assumed
 from peftkern.backends.triton.launch import COMPILER_OPTIONS, Call, Launch, recording
-from peftkern.backends.triton.paths import Path
+from peftkern.backends.triton.paths import FEW_TOKENS, Path
 from peftkern.backends.triton.weights import DENSE
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.lora_linear_group import Member

@@ -9,16 +9,14 @@ from pathlib import Path
 
 import triton
 
-from peftkern.bench.aot.compile import ARCHITECTURES
 from peftkern.bench.aot.resources import (
     Key,
     Row,
     Table,
     broken_rules,
-    compiled_rows,
+    compile_everything,
     problems,
     read_table,
-    work_for,
     write_table,
 )
 from peftkern.bench.errors import BenchError
@@ -32,22 +30,18 @@ def main() -> int:
     parser.add_argument("--table", type=Path, default=TABLE, help="the table (default: %(default)s)")
     parser.add_argument("--update", action="store_true", help="write the table anew instead of comparing with it")
     options = parser.parse_args()
+    report = compile_everything(_show)
     try:
-        rows = _compile_everything()
-        found = _update(options.table, rows) if options.update else _compare(options.table, rows)
+        found = _update(options.table, report.rows) if options.update else _compare(options.table, report.rows)
     except BenchError as error:
         found = [str(error)]
-    print("\n".join(found) or f"{len(rows)} kernels, nothing wrong")
+    found = [*report.errors, *found]
+    print("\n".join(found) or f"{len(report.rows)} kernels, nothing wrong")
     return 1 if found else 0
 
 
-def _compile_everything() -> dict[Key, Row]:
-    work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
-    rows: dict[Key, Row] = {}
-    for number, (key, row) in enumerate(compiled_rows(work), start=1):
-        print(f"{number}/{len(work)} sm_{key[0]} {key[1]}: {row}", file=sys.stderr)
-        rows[key] = row
-    return rows
+def _show(key: Key, row: Row) -> None:
+    print(f"sm_{key[0]} {key[1]}: {row}", file=sys.stderr)
 
 
 def _update(path: Path, rows: Mapping[Key, Row]) -> list[str]:

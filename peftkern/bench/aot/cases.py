@@ -11,9 +11,10 @@ from dataclasses import replace
 from peftkern.backends.triton.paths import Path
 from peftkern.backends.triton.specializations import Case, Specialization, specializations
 from peftkern.bench.aot import sass
-from peftkern.bench.aot.compile import ARCHITECTURES, Compiled, compile_for
-from peftkern.bench.aot.resources import compiled_rows, per_weight, work_for
+from peftkern.bench.aot.compile import Compiled, compile_for
+from peftkern.bench.aot.resources import compile_everything, per_weight
 from peftkern.bench.case import Measurement
+from peftkern.bench.errors import BenchError
 from peftkern.bench.result import Quantity
 
 TILE = {"BLOCK_TOKENS": 128, "BLOCK_OUT": 128, "BLOCK_IN": 64}
@@ -36,14 +37,22 @@ def nf4_product(architecture: int) -> Specialization:
         one for one in specializations(architecture, [Case("nf4", Path.FUSED)], []) if one.kernel == "product_kernel"
     )
     names = list(found.signature)
-    tile = {(names.index(name),): value for name, value in TILE.items()}
-    return replace(found, constants={**found.constants, **tile}, num_warps=WARPS)
+    constants = dict(found.constants)
+    for name, value in TILE.items():
+        constants[(names.index(name),)] = value
+    return replace(found, constants=constants, num_warps=WARPS)
 
 
 def spills() -> Iterator[Measurement]:
-    """Measurements of ``aot-spills``."""
-    work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
-    rows = [row for _, row in compiled_rows(work)]
+    """Measurements of ``aot-spills``.
+
+    Raises:
+        BenchError: a kernel does not compile.
+    """
+    report = compile_everything()
+    if report.errors:
+        raise BenchError("; ".join(report.errors))
+    rows = list(report.rows.values())
     nothing = [0.0] * len(rows)
     subject = f"worst of {len(rows)} kernels"
     spilled = [float(row.spills) for row in rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from peftkern.backends.triton.specializations import (
     specializations,
 )
 from peftkern.bench.aot import sass
-from peftkern.bench.aot.compile import SHARED_MEMORY_LIMITS, TENSOR_MEMORY_LIMIT, Compiled, compile_for
+from peftkern.bench.aot.compile import ARCHITECTURES, SHARED_MEMORY_LIMITS, TENSOR_MEMORY_LIMIT, Compiled, compile_for
 from peftkern.bench.errors import BenchError
 
 Key = tuple[int, str]
@@ -115,25 +115,46 @@ def work_for(architecture: int) -> list[tuple[Specialization, int]]:
 _WITH_VARIANTS = (86, 90, 100)
 
 
-def compiled_rows(work: Sequence[tuple[Specialization, int]]) -> Iterator[tuple[Key, Row]]:
-    """Compile (specialization, architecture) pairs in two processes; rows in the same order, as they are done.
+@dataclass(frozen=True)
+class Report:
+    """Rows of what compiles, and the compiler's messages about what does not."""
+
+    rows: Mapping[Key, Row]
+    errors: Sequence[str]
+
+
+def compile_everything(on_row: Callable[[Key, Row], None] = lambda _key, _row: None) -> Report:
+    """Compile all shipped kernels for all architectures in two processes.
 
     Triton keeps what it has compiled in its cache folder, for this and later runs.
 
-    Raises:
-        BenchError: one of them does not compile.
+    Args:
+        on_row: called with each row as it comes.
     """
+    work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
+    rows: dict[Key, Row] = {}
+    errors: list[str] = []
     with ProcessPoolExecutor(_WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(_compile_row, work)
+        for key, found in pool.map(_compile_row, work):
+            if isinstance(found, str):
+                errors.append(found)
+                continue
+            rows[key] = found
+            on_row(key, found)
+    return Report(rows, errors)
 
 
 _WORKERS = 2
 """Each takes about 600 MB."""
 
 
-def _compile_row(work: tuple[Specialization, int]) -> tuple[Key, Row]:
+def _compile_row(work: tuple[Specialization, int]) -> tuple[Key, Row | str]:
     specialization, architecture = work
-    return (architecture, specialization.name), row_of(specialization, compile_for(specialization, architecture))
+    key = (architecture, specialization.name)
+    try:
+        return key, row_of(specialization, compile_for(specialization, architecture))
+    except BenchError as error:
+        return key, str(error)
 
 
 # ---- the rules
