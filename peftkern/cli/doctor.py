@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -34,6 +34,12 @@ def _print(found: Mapping[str, Any], console: Console) -> None:
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for name, value in rows:
             table.add_row(name, escape(value))
+        console.print(table, highlight=False)
+    if found["gpu_products"]:
+        title = "what would run on the GPU, in bfloat16"
+        table = Table("operation", "weight", "runs on", title=title, title_justify="left", box=None)
+        for row in found["gpu_products"]:
+            table.add_row(row["operation"], row["weight"], escape(row["kernels"]))
         console.print(table, highlight=False)
     table = Table("operation", "input", "runs on", "why", title="what would run where", title_justify="left", box=None)
     for row in found["operations"]:
@@ -74,4 +80,14 @@ def _cpu_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _gpu_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(gpu["name"], f"sm {gpu['capability']}, {gpu['memory_mb']} MB") for gpu in found["gpu"]]
-    return rows or [("none", "everything runs on the CPU")]
+    kernels = found["gpu_kernels"]
+    triton, cuda = kernels["triton"], kernels["cuda"]
+    return [
+        *(rows or [("none", "everything runs on the CPU")]),
+        ("Triton kernels", triton["missing_because"] or f"compiled at first use, for {_names(triton['compiles_for'])}"),
+        ("CUDA kernels", cuda["missing_because"] or f"built for {_names(cuda['built_for'])}"),
+    ]
+
+
+def _names(architectures: Sequence[str]) -> str:
+    return ", ".join(f"sm_{architecture}" for architecture in architectures)

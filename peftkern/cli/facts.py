@@ -14,6 +14,7 @@ import torch
 
 from peftkern import ops
 from peftkern.backends import cpu, registry
+from peftkern.cli import gpu_facts
 from peftkern.finetune.versions import versions
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
@@ -39,7 +40,9 @@ def gather() -> dict[str, Any]:
         "usable": all(choice.backend is not None for choice in choices),
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
         "cpu": _cpu(),
-        "gpu": _gpus(),
+        "gpu": gpu_facts.gpus(),
+        "gpu_kernels": gpu_facts.kernels(),
+        "gpu_products": [asdict(one) for one in gpu_facts.products("cuda")] if torch.cuda.is_available() else [],
         "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
         "operations": [asdict(choice) for choice in choices],
     }
@@ -73,15 +76,6 @@ def _processor() -> str:
         if names:
             return names[0]
     return platform.processor() or platform.machine()
-
-
-def _gpus() -> list[dict[str, Any]]:
-    gpus = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        gpus.append({"name": properties.name, "capability": capability, "memory_mb": properties.total_memory // 10**6})
-    return gpus
 
 
 # ---- which backend would run what

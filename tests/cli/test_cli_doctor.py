@@ -8,11 +8,13 @@ import sys
 
 import click
 import pytest
+import torch
 from cli_helpers import Command
 
 import peftkern
-from peftkern.backends import cpu, registry
-from peftkern.cli import facts
+from peftkern.backends import cpu, cuda, registry
+from peftkern.backends.triton import launch, register
+from peftkern.cli import facts, gpu_facts
 
 
 def test_facts_as_json(command: Command) -> None:
@@ -46,6 +48,43 @@ def test_the_table_names_versions_and_operations(command: Command) -> None:
         "lora_linear_backward",
     ):
         assert word in result.output
+
+
+def test_kernels_for_gpus_are_named_without_a_gpu(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "architectures", lambda: ["80", "90"])
+    monkeypatch.setattr(register, "unavailable_reason", lambda: None)
+    found = json.loads(command("doctor", "--json").stdout)
+    assert found["gpu_kernels"]["cuda"] == {"built_for": ["80", "90"], "missing_because": None}
+    assert "120" in found["gpu_kernels"]["triton"]["compiles_for"]
+    shown = command("doctor").output
+    assert "built for sm_80, sm_90" in shown
+    assert "compiled at first use, for sm_80" in shown
+
+
+def test_why_kernels_for_gpus_are_missing(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "architectures", list)
+    monkeypatch.setattr(cuda, "unavailable_reason", lambda: "no nvcc was there")
+    monkeypatch.setattr(register, "unavailable_reason", lambda: "triton is not installed")
+    found = json.loads(command("doctor", "--json").stdout)
+    assert found["gpu_kernels"]["cuda"]["missing_because"] == "no nvcc was there"
+    assert found["gpu_kernels"]["triton"] == {"compiles_for": [], "missing_because": "triton is not installed"}
+    shown = command("doctor").output
+    assert "no nvcc was there" in shown
+    assert "triton is not installed" in shown
+
+
+def test_what_would_run_on_a_gpu_by_tokens(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launch.recording():  # tensors without memory then count as on an H100
+        products = list(gpu_facts.products("meta"))
+    assert len(products) == 6
+    for product in products:
+        assert product.kernels.startswith("triton (few) to 64 tokens, ")
+        assert product.kernels.endswith("triton (staged)")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_facts, "products", lambda _device: iter(products))
+    shown = command("doctor").output
+    assert "what would run on the GPU" in shown
+    assert "nf4 4096x14336" in shown
 
 
 def test_a_missing_native_module_is_loud_and_usable(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +125,7 @@ def test_version_and_help(command: Command) -> None:
     assert command("--version").stdout == f"peftkern {peftkern.__version__}\n"
     shown = command("--help")
     assert shown.exit_code == 0
-    for name in ("demo", "finetune", "bench", "doctor"):
+    for name in ("demo", "finetune", "bench", "tune", "doctor"):
         assert name in click.unstyle(shown.output)
 
 
