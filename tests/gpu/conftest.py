@@ -36,6 +36,7 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return _Unread.from_parent(parent, path=module_path) if EXECUTOR is None else None
 
 
+@pytest.hookimpl(trylast=True)  # after -k has chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     part, parts = map(int, config.getoption("--part", "1/1").split("/"))

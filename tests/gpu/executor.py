@@ -1,7 +1,7 @@
 """What executes the tests of this folder: a GPU, ttsem, or Triton's interpreter.
 
 ttsem (https://pypi.org/project/ttsem) runs the IR that Triton compiles a kernel to, on CPU tensors, and checks bounds,
-races between programs and undefined results. The interpreter, repaired for bfloat16, runs a kernel as Python.
+races between programs and undefined results. The interpreter, repaired, runs a kernel as Python.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def describe(executor: str) -> str:
     if executor == TTSEM:
         return f"ttsem {importlib.metadata.version('ttsem')} on the IR of {triton}"
     if executor == INTERPRETER:
-        return f"the interpreter of {triton}, repaired for bfloat16"
+        return f"the interpreter of {triton}, repaired"
     return f"{torch.cuda.get_device_name()} with {triton}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -120,8 +120,8 @@ def make_group(tokens: int, in_features: int, outs: Sequence[int], ranks: list[i
     return Group(layers, torch.tensor(7 << 40 | 123))
 
 
-def launched(run: Any) -> list[str]:
-    """Names of the kernels that ``run()`` launches, in order."""
+def launched(run: Callable[[], Any]) -> list[tuple[str, int]]:
+    """Name and floating-point operations of each kernel that ``run()`` launches, in order."""
     with launch.recording() as launches:
         run()
-    return [entry.kernel for entry in launches]
+    return [(entry.kernel, entry.flops) for entry in launches]

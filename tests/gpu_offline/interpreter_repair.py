@@ -1,11 +1,14 @@
-"""Repairs bfloat16 in the interpreter of Triton 3.9, the second opinion on the kernels.
+"""Repairs the interpreter of Triton 3.9, the second opinion on the kernels: bfloat16, and conditions on scalars.
 
 The interpreter keeps bfloat16 as its bits in uint16 and computes on those as if they were whole numbers; conversions
 from float32 cut bits off instead of rounding. Repaired, an operation widens its bfloat16 operands to float32, which is
 exact, runs as it is, and rounds its result to nearest, ties to even. That is what a GPU does for one operation.
 
-Repaired are arithmetic, comparisons, ``where``, mathematical functions, ``dot`` and casts. Sums and other reductions
-or scans in bfloat16 raise: kernels have no use for them, as they sum in float32.
+Repaired in bfloat16 are arithmetic, comparisons, ``where``, mathematical functions, ``dot`` and casts. Sums and other
+reductions or scans in bfloat16 raise: kernels have no use for them, as they sum in float32.
+
+A comparison's result keeps its operands' type, which a scalar takes along into the mask that it becomes part of, and
+no mask of whole numbers is accepted. Repaired, it is of truth values.
 """
 
 from __future__ import annotations
@@ -56,7 +59,9 @@ def _in_float32(method: Callable[..., TensorHandle]) -> Callable[..., TensorHand
         # The last operand that is a tensor has the result's type: the accumulator of a product, the branch of a choice.
         tensors = [operand for operand in operands if isinstance(operand, TensorHandle)]
         result = method(self, *map(_widened, operands))
-        if _is_bfloat16(tensors[-1]) and result.data.dtype == np.float32:  # and no comparison
+        if result.data.dtype == np.bool_:
+            return TensorHandle(result.data, tl.int1)
+        if _is_bfloat16(tensors[-1]) and result.data.dtype == np.float32:
             return TensorHandle(narrow(result.data), tl.bfloat16)
         return result
 

@@ -66,16 +66,16 @@ def test_ttsem_passes_what_is_right(defects: dict[str, str]) -> None:
 # ---- the interpreter
 
 
-def test_stock_interpreter_is_wrong_in_bfloat16() -> None:
+def test_stock_interpreter_is_wrong() -> None:
     """What the repair is for; a Triton that passes more than these needs less of it."""
     pytest.importorskip("triton")
     right = {"agrees_with_torch[absolute]", "agrees_with_torch[sum]", "agrees_with_torch[max]", "every_rounding"}
-    assert passed(results_of(execute.INTERPRETER, "bfloat16_arithmetic.py")) == right
+    assert passed(results_of(execute.INTERPRETER, "interpreter_cases.py")) == right
 
 
 def test_repaired_interpreter_agrees_with_torch() -> None:
     pytest.importorskip("triton")
-    results = results_of(execute.INTERPRETER, "bfloat16_arithmetic.py", REPAIR_THE_INTERPRETER="1")
+    results = results_of(execute.INTERPRETER, "interpreter_cases.py", REPAIR_THE_INTERPRETER="1")
     assert passed(results) == results.keys(), results
 
 

@@ -1,4 +1,4 @@
-"""bfloat16 in the interpreter of Triton. ``test_executors.py`` runs this file with the stock one and the repaired."""
+"""Operations in the interpreter of Triton; ``test_executors.py`` runs this file with the stock one and the repaired."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def compute(x: tl.tensor, y: tl.tensor, out: tl.tensor, SIDE: tl.constexpr, OPER
         result = tl.dot(a, b)
     elif OPERATION == "sum":
         result = tl.broadcast_to(tl.sum(a.to(tl.float32), axis=1)[:, None], (SIDE, SIDE))
+    elif OPERATION == "mask of a scalar":
+        result = tl.load(x + index, mask=(index >= 0) & (tl.program_id(0) == 0))
     elif OPERATION == "sum in bfloat16":
         result = tl.broadcast_to(tl.sum(a, axis=1)[:, None], (SIDE, SIDE))
     else:
@@ -66,6 +68,7 @@ EXPECTED = {
     "from integer": lambda a, b: (torch.arange(SIDE) * 37).bfloat16().expand(SIDE, SIDE),
     "dot": lambda a, b: a.float() @ b.float(),
     "sum": lambda a, b: a.float().sum(1, keepdim=True).expand(SIDE, SIDE),
+    "mask of a scalar": lambda a, b: a,
     "max": lambda a, b: a.float().amax(1, keepdim=True).expand(SIDE, SIDE),
 }
 ROUNDED_SUMS = ("dot", "sum")
