@@ -78,24 +78,30 @@ def lora_linear_group(x: Tensor, members: Sequence[Member], *, backend: str | No
     Raises:
         ValueError, TypeError, RuntimeError, BackendError: as `lora_linear` does; ``members`` is empty.
     """
+    together = run_as_one(x, members, backend)
+    return [_alone(x, member, backend) for member in members] if together is None else together
+
+
+def run_as_one(x: Tensor, members: Sequence[Member], backend: str | None = None) -> list[Tensor] | None:
+    """`lora_linear_group`, or ``None`` where it would be separate calls."""
     members = _checked(x, members)
     x = in_autocast_dtype(x)
-    if not runs_as_one(x, members, backend):
-        return [_alone(x, member, backend) for member in members]
+    if backend_for(x, members, backend) is None:
+        return None
     members = [replace(member, adapters=_with_seed(member.adapters)) for member in members]
     lora = (factor for member in members for factor in (*member.adapters.lora_A, *member.adapters.lora_B))
     return list(_apply(x, members, backend, *(member.bias for member in members), *lora))
 
 
-def runs_as_one(x: Tensor, members: Sequence[Member], backend: str | None) -> bool:
-    """Whether a backend has a form for this whole group, x being [..., in] in the dtype of the product."""
+def backend_for(x: Tensor, members: Sequence[Member], backend: str | None = None) -> str | None:
+    """Name of the backend that runs these members as one, or ``None``; x is [..., in] in the dtype of the product."""
     if torch.compiler.is_compiling():  # a graph must not depend on what the table of backends holds while tracing
-        return False
+        return None
     try:
         choice = registry.choose("lora_linear_group", as_matrix(x), members, backend=backend)
     except registry.BackendError:  # of a forced backend; `lora_linear` says it if that cannot run a member either
-        return False
-    return choice.backend != "reference"
+        return None
+    return choice.backend if choice.backend != "reference" else None
 
 
 def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftkern.backends import registry
+from peftkern.backends import by_tokens, registry
 from peftkern.formats import QuantizedTensor
-from peftkern.ops.lora_linear import Adapters
+from peftkern.ops.lora_linear_group import backend_for
 from peftkern.patch import fused
+from peftkern.patch.arguments import (
+    LayerArguments,
+    check_base,
+    has_own_forward,
+    is_lora_class,
+    running_adapters,
+    with_adapters,
+)
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.report import PatchRow
+from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
 
 _NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
@@ -27,12 +36,23 @@ OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do t
 
 @dataclass(frozen=True)
 class Finding:
-    """One module: its row in the report, if it gets one, and its fused class, if it is to be patched."""
+    """One module.
+
+    Attributes:
+        name: in the model.
+        module: itself.
+        row: in the report, if it gets one.
+        layer_class: its fused class, if it is to be patched.
+        arguments: of its product, if it has one that runs now.
+        group: names of the layers that it shares its input with, itself included; empty where it has none.
+    """
 
     name: str
     module: nn.Module
     row: PatchRow | None
     layer_class: type | None = None
+    arguments: LayerArguments | None = None
+    group: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,13 +63,21 @@ class _Setting:
     dtype: torch.dtype
 
 
-def examine(model: nn.Module, backend: str | None) -> Iterator[Finding]:
+def examine(model: nn.Module, backend: str | None) -> list[Finding]:
     """All modules of ``model`` that `patch` has something to say about, outermost first.
 
     Raises:
         BackendError: ``backend`` cannot run one of them.
     """
     setting = _Setting(backend, _activation_dtype(model))
+    findings = {finding.name: finding for finding in _findings(model, setting)}
+    for group in sibling_groups(_in_features(findings.values())):
+        members = [findings[name] for name in group]
+        findings |= {finding.name: finding for finding in _in_group(members, group, setting)}
+    return list(findings.values())
+
+
+def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
     adapter, adapter_is_fused, copied = None, False, None
     for name, module in model.named_modules():
         if _is_inside(name, adapter):
@@ -118,19 +146,31 @@ def _calls(module: nn.Module) -> dict[str, int]:
     return {} if state is None else dict(state.calls_left)
 
 
+def _unused(module: nn.Module) -> int:
+    state = module.__dict__.get(STATE)
+    return 0 if state is None else state.unused
+
+
 def _fused(
     name: str, module: nn.Module, weight: Tensor | QuantizedTensor, kernel: str, notes: Sequence[str]
 ) -> PatchRow:
     note = "; ".join(note for note in notes if note)
-    return PatchRow(name, _class_name(module), _describe(weight), "fused", kernel, note, True, _calls(module))
+    row = PatchRow(name, _class_name(module), _describe(weight), "fused", kernel, note, True, _calls(module))
+    return replace(row, unused=_unused(module))
 
 
-def _kernel(base: Any, weight: Tensor | QuantizedTensor, adapters: fused.LoraArguments, setting: _Setting) -> str:
+def _token(arguments: LayerArguments, setting: _Setting) -> Tensor:
+    """One token, [1, in], as the product takes it."""
+    weight = arguments.weight
     dtype = setting.dtype if isinstance(weight, QuantizedTensor) else weight.dtype
-    x = torch.empty(1, weight.shape[1], dtype=fused.compute_dtype(base, dtype), device=weight.device)
-    active = Adapters(adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p, None)
-    choice = registry.choose("lora_linear", x, weight, active, adapters.bias, backend=setting.backend)
-    return f"lora_linear on {choice.backend}"
+    return torch.empty(1, weight.shape[1], dtype=arguments.compute_dtype(dtype), device=weight.device)
+
+
+def _kernel(arguments: LayerArguments, setting: _Setting) -> str:
+    row = _token(arguments, setting)
+    operands = (arguments.weight, arguments.adapters(), arguments.total_bias())
+    chosen = by_tokens.describe("lora_linear", lambda tokens: (row.expand(tokens, -1), *operands), setting.backend)
+    return f"lora_linear on {chosen}"
 
 
 def _weight_notes(base: nn.Module, weight: Tensor | QuantizedTensor) -> list[str]:
@@ -158,13 +198,13 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
     if not _is_a(module, "peftkern.nn.quantized_linear", "QuantizedLinear"):
         return Finding(name, module, _left(name, module, "dense, no adapter"))
     weight = read_weight(module)
-    kernel = _kernel(module, weight, fused.LoraArguments(bias=module.bias), setting)
+    kernel = _kernel(LayerArguments(module, weight, module.bias), setting)
     return Finding(name, module, _fused(name, module, weight, kernel, ["a module of peftkern, runs it unpatched"]))
 
 
 def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
     try:
-        if fused.has_own_forward(block):
+        if has_own_forward(block):
             raise NotFused(OWN_FORWARD)
         fused.check_activation(block.act_fn)
     except NotFused as refusal:
@@ -179,14 +219,14 @@ def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
 
 def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:
     try:
-        if fused.has_own_forward(module):
+        if has_own_forward(module):
             raise NotFused(OWN_FORWARD)
         weight = read_weight(module)
     except NotFused as refusal:
         return Finding(name, module, _left(name, module, str(refusal), wanted=True))
-    kernel = _kernel(module, weight, fused.LoraArguments(bias=getattr(module, "bias", None)), setting)
-    row = _fused(name, module, weight, kernel, [note, *_weight_notes(module, weight)])
-    return Finding(name, module, row, fused.fused_class(original_class(type(module))))
+    arguments = LayerArguments(module, weight, getattr(module, "bias", None))
+    row = _fused(name, module, weight, _kernel(arguments, setting), [note, *_weight_notes(module, weight)])
+    return Finding(name, module, row, fused.fused_class(original_class(type(module))), arguments)
 
 
 def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
@@ -201,30 +241,66 @@ def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
     layer_class = fused.fused_class(original_class(type(layer)))
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     try:
-        arguments = fused.lora_arguments(layer, active)
+        arguments = with_adapters(LayerArguments(layer.base_layer, weight, layer.base_layer.bias), layer, active)
     except NotFused as refusal:
         # swapped all the same: other adapters may become active, and merging may need it
         return Finding(name, layer, _left(name, layer, str(refusal), _describe(weight), wanted=True), layer_class)
-    kernel = _kernel(layer.base_layer, weight, arguments, setting)
     notes = [_idle_note(layer), *_weight_notes(layer.base_layer, weight)]
-    return Finding(name, layer, _fused(name, layer, weight, kernel, notes), layer_class)
+    row = _fused(name, layer, weight, _kernel(arguments, setting), notes)
+    return Finding(name, layer, row, layer_class, arguments if running_adapters(layer) else None)
 
 
 def _check_layer(layer: Any) -> Tensor | QuantizedTensor:
     """The base weight of a LoRA layer, or `NotFused` with what keeps the layer, whatever its adapters, from it."""
     original = original_class(type(layer))
-    if not fused.is_lora_class(original):
+    if not is_lora_class(original):
         raise NotFused(f"{_class_name(layer)} computes something of its own")
-    if fused.has_own_forward(layer):
+    if has_own_forward(layer):
         raise NotFused(OWN_FORWARD)
     if layer.fan_in_fan_out:
         raise NotFused(f"{type(layer.base_layer).__name__} keeps its weight as [in, out] (fan_in_fan_out)")
-    fused.check_base(layer.base_layer)
+    check_base(layer.base_layer)
     return read_weight(layer.base_layer)
 
 
+# ---- layers that share their input
+
+
+def _in_features(findings: Iterable[Finding]) -> dict[str, int]:
+    """Number of inputs of every layer that may share them, by name."""
+    found = ((finding, getattr(finding.module, "in_features", None)) for finding in findings)
+    return {
+        finding.name: in_features
+        for finding, in_features in found
+        if isinstance(in_features, int) and finding.layer_class is not None and _unused(finding.module) == 0
+    }
+
+
+def _in_group(members: Sequence[Finding], group: tuple[str, ...], setting: _Setting) -> list[Finding]:
+    """``members``, which share their input, with the kernel that runs them as one, if there is one."""
+    together = [finding.arguments for finding in members if finding.arguments is not None]
+    kernel = _group_kernel(together, setting)
+    return [replace(finding, group=group, row=_row_in_group(finding, kernel)) for finding in members]
+
+
+def _group_kernel(together: Sequence[LayerArguments], setting: _Setting) -> str | None:
+    if len(together) < 2:
+        return None
+    row, members = _token(together[0], setting), group_members(together)
+    if backend_for(row, members, setting.backend) is None:
+        return None
+    chosen = by_tokens.describe("lora_linear_group", lambda tokens: (row.expand(tokens, -1), members), setting.backend)
+    return f"lora_linear on {chosen} (group of {len(members)})"
+
+
+def _row_in_group(finding: Finding, kernel: str | None) -> PatchRow | None:
+    if finding.row is None or finding.arguments is None or kernel is None:
+        return finding.row
+    return replace(finding.row, kernel=kernel)
+
+
 def _idle_note(layer: Any) -> str:
-    if fused.running_adapters(layer):
+    if running_adapters(layer):
         return ""
     if layer.disable_adapters:
         return "adapters are disabled now: the base layer runs alone"

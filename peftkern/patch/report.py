@@ -22,10 +22,13 @@ class PatchRow:
         kind: its class, for example ``"lora.bnb.Linear4bit"``.
         weight: format and shape of its frozen weight, for example ``"nf4 576×1536"``; empty when it has none.
         action: ``"fused"``, or ``"left"`` on the code that it had.
-        kernel: operation and backend that run it, for example ``"lora_linear on cpu"``; empty when left.
+        kernel: operation and backend that run it, for example ``"lora_linear on cpu"``, and how many layers that share
+            their input run as one, for example ``"lora_linear on triton (group of 3)"``; empty when left.
         reason: why it was left; for a fused module, what is worth knowing about it.
         wanted: whether ``strict=True`` minds that it was left.
         calls_left: calls since it was patched that the fused path did not take, by reason.
+        unused: outputs that the layers which share its input computed for it and nobody asked for. Once that happens
+            in a block, its layers run one by one.
     """
 
     module: str
@@ -36,6 +39,7 @@ class PatchRow:
     reason: str = ""
     wanted: bool = False
     calls_left: Mapping[str, int] = field(default_factory=dict)
+    unused: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,8 @@ def _format_group(rows: list[PatchRow], footnotes: dict[str, str]) -> tuple[str,
         calls.update(row.calls_left)
     remarks = [_short(first.reason, footnotes)] if first.reason else []
     remarks += [f"{count} calls left: {_short(why, footnotes)}" for why, count in calls.items()]
+    unused = sum(row.unused for row in rows)
+    remarks += [f"{unused} outputs unused, runs alone"] if unused else []
     kernel = first.kernel if first.action == "fused" else "(left)"
     return name, str(len(rows)), first.kind, first.weight, kernel, ", ".join(remarks)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peftkern.patch import fused
+from peftkern.patch.arguments import compute_dtype, is_lora_class, running_adapters
 from peftkern.patch.table import format_table, pattern_of
 from peftkern.patch.walk import originals, patched_modules
 from peftkern.patch.weights import original_class
@@ -174,9 +174,9 @@ def _notes(modules: Mapping[str, nn.Module], outputs: Mapping[str, VerifyRow]) -
 
 
 def _adds_nothing(module: Any) -> bool:
-    if not fused.is_lora_class(original_class(type(module))):
+    if not is_lora_class(original_class(type(module))):
         return False
-    names = fused.running_adapters(module)
+    names = running_adapters(module)
     return bool(names) and not any(module.lora_B[name].weight.any() for name in names)
 
 
@@ -254,7 +254,7 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _tolerance(base: Any, x: Tensor, output: Tensor) -> float:
-    dtypes = {x.dtype, output.dtype, fused.compute_dtype(base, x.dtype)}
+    dtypes = {x.dtype, output.dtype, compute_dtype(base, x.dtype)}
     if torch.is_autocast_enabled(x.device.type):
         dtypes.add(torch.get_autocast_dtype(x.device.type))
     if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":

@@ -6,6 +6,7 @@ told apart by what their class computes, never by the name or family of the mode
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from peftkern.patch import fused
 from peftkern.patch.examine import Finding, examine
 from peftkern.patch.fused import STATE, LayerState
 from peftkern.patch.report import PatchReport
+from peftkern.patch.shared_input import SharedInput
 from peftkern.patch.weights import original_class
 
 
@@ -56,7 +58,7 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
         raise ValueError(f"patch: kernels must be 'auto' or one of {list(registry.PREFERENCE)}, got {kernels!r}")
     backend = None if kernels == "auto" else kernels
     try:
-        findings = list(examine(model, backend))
+        findings = examine(model, backend)
     except registry.BackendError as error:
         raise PatchError(f"patch: kernels={kernels!r}: {error}; the model is unchanged") from error
     report = PatchReport(tuple(finding.row for finding in findings if finding.row is not None))
@@ -86,7 +88,9 @@ def unpatch(model: nn.Module) -> int:
             raise PatchError(f"unpatch: {name} was patched and then became a {type(module).__name__}; undo that first")
     for module in modules.values():
         fused.set_class(module, original_class(type(module)))
-        del module.__dict__[STATE]
+        shared = module.__dict__.pop(STATE).shared
+        if shared is not None:
+            shared.forget()
     registry.release()
     return len(modules)
 
@@ -136,13 +140,27 @@ def _swap(findings: list[Finding], backend: str | None) -> None:
             module, before = finding.module, finding.module.__dict__.get(STATE)
             done.append((module, type(module), before))
             state = LayerState(finding.name, backend, warned)
-            module.__dict__[STATE] = state if before is None else replace(before, name=finding.name, backend=backend)
+            if before is not None:
+                state = replace(before, name=finding.name, backend=backend, shared=None)
+            module.__dict__[STATE] = state
             if not fused.is_fused(module):
                 fused.set_class(module, finding.layer_class)
+        _share_inputs(findings)
     except BaseException:
         for module, layer_class, before in reversed(done):
             _restore(module, layer_class, before)
         raise
+
+
+def _share_inputs(findings: list[Finding]) -> None:
+    groups: defaultdict[tuple[str, ...], list[nn.Module]] = defaultdict(list)
+    for finding in findings:
+        if finding.group:
+            groups[finding.group].append(finding.module)
+    for layers in groups.values():
+        shared = SharedInput(layers)
+        for layer in layers:
+            layer.__dict__[STATE].shared = shared
 
 
 def _restore(module: nn.Module, layer_class: type, state: LayerState | None) -> None:
