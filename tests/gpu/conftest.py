@@ -13,6 +13,8 @@ import executor
 import pytest
 import torch
 
+from peftkern.backends.triton import launch
+
 EXECUTOR = executor.current()
 if EXECUTOR in (executor.TTSEM, executor.INTERPRETER):
     executor.stand_in_for_cuda()
@@ -63,10 +65,22 @@ def _poisoned_memory() -> Iterator[None]:
     torch.set_deterministic_debug_mode(before)
 
 
+_kernels: set[str] = set()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _all_launches() -> Iterator[None]:
+    """Remember which kernels the tests launch."""
+    with launch.recording() as launches:
+        yield
+    _kernels.update(entry.kernel for entry in launches)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if EXECUTOR is not None:
         passed = len(terminalreporter.stats.get("passed", []))
-        terminalreporter.write_line(f"GPU kernels executed by {executor.describe(EXECUTOR)}: {passed} tests passed")
+        terminalreporter.write_line(f"executed by {executor.describe(EXECUTOR)}: {passed} tests passed")
+        terminalreporter.write_line(f"kernels executed: {' '.join(sorted(_kernels))}")
 
 
 @pytest.hookimpl(trylast=True)

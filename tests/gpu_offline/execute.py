@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1] / "gpu"
+KERNELS = Path(__file__).parents[2] / "peftkern" / "backends" / "triton"
 SAMPLE = 7
 """The interpreter runs one test in this many of each file; prime, so that it meets every value of a parameter."""
 
@@ -49,6 +51,23 @@ class Outcome:
         if self.code != 0:
             return f"exit code {self.code}"
         return "a launch was not checked for races" if NOT_CHECKED in self.output else None
+
+    def kernels(self) -> set[str]:
+        """Names of the kernels that it executed."""
+        return {
+            name
+            for names in re.findall(r"^kernels executed: (.*)$", self.output, re.MULTILINE)
+            for name in names.split()
+        }
+
+
+def all_kernels() -> set[str]:
+    """Names of the kernels of the Triton backend."""
+    return {
+        name
+        for path in KERNELS.glob("*.py")
+        for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    }
 
 
 def imports(statement: str) -> bool:
@@ -101,19 +120,27 @@ def execute(run: Run, arguments: list[str]) -> Outcome:
     return Outcome(run, result.stdout, result.returncode, time.monotonic() - began)
 
 
+def missing_kernels(outcomes: list[Outcome]) -> str | None:
+    """What to complain about if these runs, all tests together, left a kernel out."""
+    missing = all_kernels() - set().union(*(outcome.kernels() for outcome in outcomes))
+    return f"no test executes {', '.join(sorted(missing))}" if missing else None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=min(4, len(os.sched_getaffinity(0))), help="processes at a time")
     options, arguments = parser.parse_known_args()
+    chosen = list(arguments)
     if not any(Path(argument.split("::")[0]).exists() for argument in arguments):
         arguments.append(str(TESTS))
-    runs = plan(options.jobs)
-    complaints = []
+    outcomes = []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(lambda run: execute(run, arguments), runs):
+        for outcome in pool.map(lambda run: execute(run, arguments), plan(options.jobs)):
             print(f"== {outcome.run.title}: {outcome.seconds:.0f} s\n{outcome.output}", flush=True)
-            if (complaint := outcome.complaint()) is not None:
-                complaints.append(f"{outcome.run.title}: {complaint}")
+            outcomes.append(outcome)
+    complaints = [f"{o.run.title}: {complaint}" for o in outcomes if (complaint := o.complaint()) is not None]
+    if not chosen and (missing := missing_kernels(outcomes)) is not None:
+        complaints.append(missing)
     for complaint in complaints:
         print(f"FAILED {complaint}")
     return 1 if complaints else 0

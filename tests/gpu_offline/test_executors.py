@@ -13,7 +13,6 @@ import pytest
 
 FOLDER = Path(__file__).parent
 PROJECT = FOLDER.parents[1]
-KERNELS = PROJECT / "peftkern" / "backends" / "triton"
 
 
 def results_of(run: execute.Run, name: str, **environment: str) -> dict[str, str]:
@@ -84,8 +83,8 @@ def test_repaired_interpreter_agrees_with_torch() -> None:
 
 def test_no_kernel_has_inline_ptx() -> None:
     """No executor here reads PTX: a kernel with some needs a test of what it means for every input."""
-    with_ptx = [path.name for path in KERNELS.glob("*.py") if "inline_asm" in path.read_text()]
-    assert len(list(KERNELS.glob("*.py"))) > 1
+    with_ptx = [path.name for path in execute.KERNELS.glob("*.py") if "inline_asm" in path.read_text()]
+    assert len(list(execute.KERNELS.glob("*.py"))) > 1
     assert with_ptx == []
 
 
@@ -126,6 +125,15 @@ def test_nothing_to_execute_with_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_what_fails_a_run(code: int, output: str, complaint: str | None) -> None:
     assert execute.Outcome(execute.TTSEM, output, code, 1.0).complaint() == complaint
+
+
+def test_a_kernel_that_no_test_executes_fails() -> None:
+    everything = sorted(execute.all_kernels())
+    assert "product_kernel" in everything
+    halves = [f"kernels executed: {' '.join(everything[i::2])}" for i in (0, 1)]
+    outcomes = [execute.Outcome(execute.TTSEM, output, 0, 1.0) for output in halves]
+    assert execute.missing_kernels(outcomes) is None
+    assert execute.missing_kernels(outcomes[:1]) == f"no test executes {', '.join(everything[1::2])}"
 
 
 def test_no_test_executed_fails() -> None:
