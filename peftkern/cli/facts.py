@@ -97,6 +97,9 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = f"{count} nf4 weights, {str(dtype).removeprefix('torch.')}"
         yield "lora_linear_group", text, partial(_group_forward, count, dtype)
         yield "lora_linear_group_backward", text, partial(_group_backward, count, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        text = f"nf4 weight, {str(dtype).removeprefix('torch.')}"
+        yield "gated_lora_linear_backward", text, partial(_gated_backward, dtype)
     yield "quantize", "nf4, scales quantized as well", lambda: (_weight(None), "nf4", 64, True)
     yield "dequantize", "nf4 to float32", lambda: (_weight("nf4"), torch.float32)
     yield "dequantize", "nf4 to bfloat16", lambda: (_weight("nf4"), torch.bfloat16)
@@ -127,6 +130,11 @@ def _forward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
 def _backward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
     return x, x, _weight(format), _adapters(), torch.zeros(_TOKENS, _RANK), True, [True, True]
+
+
+def _gated_backward(dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
+    return x, x, x, _weight("nf4"), _adapters(), torch.zeros(_TOKENS, _RANK), True, True, [True, True]
 
 
 def _group_forward(count: int, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkern.backends import registry
 from peftkern.backends.triton import crossover, launch
@@ -149,7 +149,7 @@ class Operation:
     def _error(self, operands: Operands) -> float:
         if self.direction == "forward":
             return references.forward_error(operands, self._run(operands)[0])
-        return references.backward_error(operands, *operands.backward())
+        return references.backward_error(operands, operands.backward())
 
     def _peer_seconds(self, name: str, bench: Bench) -> float:
         dense = make(replace(self.subject, format=None), self.tokens, bench.device)
@@ -257,6 +257,55 @@ class Gate:
 
     def _results(self, result: Any) -> list[Tensor]:
         return [result] if isinstance(result, Tensor) else list(result)
+
+
+@dataclass(frozen=True)
+class GatedBackward:
+    """The backward pass of a feed-forward block's last layer, which makes its input again from gate and up."""
+
+    subject: Subject
+    tokens: int
+
+    @property
+    def title(self) -> str:
+        dtype = str(self.subject.dtype).removeprefix("torch.")
+        return f"{self._name}, {self.subject.group}, {self.tokens} tokens, {dtype}"
+
+    @property
+    def _name(self) -> str:
+        return f"backward with its gate {self.subject.format or 'dense'}"
+
+    def launches(self) -> list[Launch]:
+        operands = make(self.subject, self.tokens, "meta")
+        with launch.recording() as launches:
+            self._call(operands, torch.randn_like(operands.x))()
+        return launches
+
+    def run_once(self, device: str) -> None:
+        operands = make(self.subject, self.tokens, device)
+        self._call(operands, torch.randn_like(operands.x))()
+
+    def rows(self, bench: Bench) -> Iterator[Row]:
+        first = replace(make(self.subject, self.tokens, bench.device), backend=bench.backend)
+        up = torch.randn_like(first.x)
+        first = replace(first, h=replace(first, x=nn.functional.silu(first.x) * up).forward()[1])
+        sets = first.copies(bench.timer.copies(first.bytes_touched))
+        calls = [self._call(one, up.clone()) for one in sets]
+        grad_gate, grad_up, (grad_A,), (grad_B,) = calls[0]()
+        exact_gate, exact_up, (exact_A,), (exact_B,) = self._call(references.in_float64(first), up.double())()
+        pairs = ((grad_gate, exact_gate), (grad_up, exact_up), (grad_A, exact_A), (grad_B, exact_B))
+        error = max(references.relative_error(*pair) for pair in pairs)
+        moved = first.bytes_touched + _bytes([up, grad_gate, grad_up])
+        flops = product(self.subject, "backward", self.tokens).flops
+        limit, arithmetic = references.LIMITS[self.subject.dtype], arithmetic_of(self.subject.dtype)
+        shape, seconds = str(self.subject.group), bench.timer.seconds(calls)
+        yield Row(self._name, shape, self.tokens, seconds, moved, flops, arithmetic, {}, error, limit)
+
+    def _call(self, operands: Operands, up: Tensor) -> Callable[[], Any]:
+        (member,), (grad,) = operands.members, operands.grads
+        tensors = (grad, operands.x, up, member.weight, member.adapters, operands.h)
+        flags = (True, True, [True, True])
+        return partial(registry.run, "gated_lora_linear_backward", *tensors, *flags, backend=operands.backend)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -10,7 +10,7 @@ from peftkern.backends.cuda import MAX_TOKENS
 from peftkern.backends.triton.devices import Rates
 from peftkern.backends.triton.launch import Launch
 from peftkern.backends.triton.roofline import OVERHEAD, possible_paths
-from peftkern.gpu_check.items import Conversion, Gate, Item, Kernels, Operation
+from peftkern.gpu_check.items import Conversion, Gate, GatedBackward, Item, Kernels, Operation
 from peftkern.tune.measure import DIRECTIONS, product
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import LLAMA_3_8B
@@ -18,6 +18,7 @@ from peftkern.tune.shapes import LLAMA_3_8B
 TOKENS = (2048, 1, 512, 8, 8192, 64)
 """Numbers of tokens, the most telling first."""
 
+_DOWN = LLAMA_3_8B[3]
 _WEIGHTS = ((4096, 4096), (14336, 4096))
 _CONVERSIONS = (("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("int8_blockwise", False))
 """Format, and whether its scales are quantized as well."""
@@ -66,6 +67,7 @@ def _gates() -> Iterator[Item]:
     for tokens in TOKENS:
         for direction in DIRECTIONS:
             yield Gate(tokens, 14336, torch.bfloat16, direction)
+        yield GatedBackward(Subject(_DOWN, "nf4", torch.bfloat16), tokens)
 
 
 def _other_weights() -> Iterator[Item]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from peftkern.formats import QuantizedTensor
 from peftkern.ops.dequantize import dequantize_reference
 from peftkern.ops.lora_linear import Weight
+from peftkern.ops.lora_linear_group import Gradients
 from peftkern.tune.operands import Operands
 
 LIMITS = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -23,33 +25,34 @@ def dense(weight: Weight) -> Tensor:
     return exact.double()
 
 
+def in_float64(operands: Operands) -> Operands:
+    """The same operands in float64, weights dense, for the reference to compute with."""
+    members = []
+    for member in operands.members:
+        factors = [[factor.double() for factor in side] for side in (member.adapters.lora_A, member.adapters.lora_B)]
+        adapters = replace(member.adapters, lora_A=factors[0], lora_B=factors[1])
+        members.append(replace(member, weight=dense(member.weight), adapters=adapters))
+    x, h = operands.x.double(), operands.h.double()
+    return Operands(x, members, [grad.double() for grad in operands.grads], h, "reference")
+
+
 def forward_error(operands: Operands, outputs: Sequence[Tensor]) -> float:
     """Worst relative error of the members' y."""
-    x = operands.x.double()
-    errors = []
-    for member, output in zip(operands.members, outputs, strict=True):
-        lora_A, lora_B = member.adapters.lora_A[0].double(), member.adapters.lora_B[0].double()
-        low_rank = member.adapters.scaling[0] * (x @ lora_A.t()) @ lora_B.t()
-        errors.append(relative_error(output, x @ dense(member.weight).t() + low_rank))
-    return max(errors)
+    exact, _ = in_float64(operands).forward()
+    return max(relative_error(*pair) for pair in zip(outputs, exact, strict=True))
 
 
-def backward_error(
-    operands: Operands, grad_x: Tensor, grad_A: Sequence[Sequence[Tensor]], grad_B: Sequence[Sequence[Tensor]]
-) -> float:
-    """Worst relative error of dX and of the members' dA and dB; h must be the forward pass's."""
-    x = operands.x.double()
-    total = torch.zeros_like(x)
-    errors = []
-    for number, member in enumerate(operands.members):
-        grad = operands.grads[number].double()
-        lora_A, lora_B = member.adapters.lora_A[0].double(), member.adapters.lora_B[0].double()
-        inner = member.adapters.scaling[0] * grad @ lora_B
-        total += grad @ dense(member.weight) + inner @ lora_A
-        h = member.adapters.scaling[0] * x @ lora_A.t()
-        errors.append(relative_error(grad_A[number][0], inner.t() @ x))
-        errors.append(relative_error(grad_B[number][0], grad.t() @ h))
-    return max(*errors, relative_error(grad_x, total))
+def backward_error(operands: Operands, found: Gradients) -> float:
+    """Worst relative error of dX and of the members' dA and dB."""
+    exact_operands = in_float64(operands)
+    exact = replace(exact_operands, h=exact_operands.forward()[1]).backward()
+    return max(relative_error(*pair) for pair in zip(_flat(found), _flat(exact), strict=True))
+
+
+def _flat(gradients: Gradients) -> list[Tensor]:
+    grad_x, *factors = gradients
+    every = [grad_x, *(gradient for members in factors for row in members for gradient in row)]
+    return [gradient for gradient in every if gradient is not None]
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from peftkern.backends.triton.crossover import Path
-from peftkern.gpu_check.items import Bench, Conversion, Gate, Item, Kernels, Operation
+from peftkern.gpu_check.items import Bench, Conversion, Gate, GatedBackward, Item, Kernels, Operation
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import Group
 
@@ -37,6 +38,7 @@ ITEMS: list[Item] = [
     *(operation(direction, path) for direction in ("forward", "backward") for path in (None, *Path)),
     Gate(3, 50, torch.float32, "forward"),
     Gate(3, 50, torch.float32, "backward"),
+    GatedBackward(replace(SUBJECT, group=Group((48,), 64)), 20),
     Conversion("quantize", "nf4", (16, 64), torch.bfloat16, "triton", True),
     Conversion("dequantize", "nf4", (16, 64), torch.bfloat16, "triton", True),
 ]

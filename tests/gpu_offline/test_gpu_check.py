@@ -25,7 +25,7 @@ from peftkern.backends.triton import crossover, devices, launch
 from peftkern.gpu_check import __main__ as command
 from peftkern.gpu_check import build, numerics, peers, plan, processes, run
 from peftkern.gpu_check.errors import CheckError
-from peftkern.gpu_check.items import Bench, Conversion, Gate, Item, Kernels, Operation
+from peftkern.gpu_check.items import Bench, Conversion, Gate, GatedBackward, Item, Kernels, Operation
 from peftkern.gpu_check.report import Report
 from peftkern.gpu_check.rows import Row
 from peftkern.tune.operands import Subject
@@ -161,8 +161,11 @@ def test_one_wrong_number_makes_the_row_wrong(direction: Any, monkeypatch: pytes
 
     def spoilt(operation: str, *args: Any, **kwargs: Any) -> Any:
         result = true_run(operation, *args, **kwargs)
-        if operation.startswith("lora_linear_group"):
-            (result[0][1] if isinstance(result[0], list) else result[0])[3, 5] += 1
+        if not operation.startswith("lora_linear_group"):
+            return result
+        wrong = result[0][1] if operation == "lora_linear_group" else result[0]
+        if wrong.dtype == torch.float32:  # not the exact one
+            wrong[3, 5] += 1
         return result
 
     monkeypatch.setattr(registry, "run", spoilt)
@@ -183,6 +186,14 @@ def test_gates_are_compared_with_float64(direction: Any, tensors: int) -> None:
     assert row.error is not None
     assert 0 < row.error <= 5e-6
     assert row.moved == tensors * 4 * 8 * 32
+
+
+def test_the_gated_backward_is_compared_with_float64() -> None:
+    (row,) = GatedBackward(Subject(Group((64,), 96), "nf4", torch.float32), 8).rows(on_cpu())
+    assert row.error is not None
+    assert 0 < row.error <= 5e-6
+    weights, grad, gate = 64 * 96 // 2 + 4 * 64 * 96 // 64, 4 * 8 * 64, 4 * 8 * 96
+    assert row.moved == weights + grad + 4 * gate
 
 
 @needs_triton
