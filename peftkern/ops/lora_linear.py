@@ -13,7 +13,8 @@ Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; QLoRA, Dettmers et
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, cast
@@ -356,14 +357,33 @@ def is_plain_eager(tensors: Sequence[Tensor], optional: Tensor | None = None) ->
         tensors: every tensor of the call, all on one device.
         optional: one more, or ``None``.
     """
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode is None or tensors[0].is_meta:
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode is None:
+        return False
+    if tensors[0].is_meta and not _counts_eager_calls:
         return False
     if type(optional) not in _PLAIN_TYPES or (optional is not None and optional.is_neg()):
         return False
     for tensor in tensors:
         if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
             return False
-    return _get_current_dispatch_mode() is None
+    return _counts_eager_calls or _get_current_dispatch_mode() is None
+
+
+_counts_eager_calls = False
+
+
+@contextmanager
+def counting_eager_calls() -> Iterator[None]:
+    """Inside, calls on the ``meta`` device take the way of plain eager calls even where a mode watches operators.
+
+    For counting what a GPU is sent by the code that it runs; the mode sees what is below.
+    """
+    global _counts_eager_calls
+    _counts_eager_calls = True
+    try:
+        yield
+    finally:
+        _counts_eager_calls = False
 
 
 def _tokens(tensor: Tensor) -> int:

@@ -6,9 +6,9 @@ training step on the ``meta`` device (``peftkern bench traffic-bytes``) by runni
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +64,7 @@ class _Recording(list[Launch]):
 
 
 _recordings: list[_Recording] = []
+_observers: list[Callable[[Launch], None]] = []
 
 
 @contextmanager
@@ -81,9 +82,19 @@ def recording(keep_calls: bool = False) -> Iterator[list[Launch]]:
         _recordings[:] = [recorded for recorded in _recordings if recorded is not launches]
 
 
+@contextmanager
+def observing(note: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand each launch made inside to ``note`` as it is made, without its call; else as :func:`recording`."""
+    _observers.append(note)
+    try:
+        yield
+    finally:
+        _observers.pop()
+
+
 def is_recording() -> bool:
-    """Whether some :func:`recording` is open."""
-    return bool(_recordings)
+    """Whether some :func:`recording` or :func:`observing` is open."""
+    return bool(_recordings or _observers)
 
 
 def is_ours(tensor: Tensor) -> bool:
@@ -114,9 +125,8 @@ def launch(
     tensors = [tensor for tensor in (*traffic.reads, *traffic.writes) if tensor is not None]
     call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
     counted_only = tensors[0].is_meta
-    for recorded in _recordings:
-        kept = call if counted_only or recorded.keep_calls else None
-        recorded.append(Launch(kernel.__name__, _bytes(traffic.reads), _bytes(traffic.writes), traffic.flops, kept))
+    if is_recording():
+        _record(call, traffic, counted_only)
     if counted_only:
         return
     with _device_of(tensors[0]):
@@ -127,6 +137,15 @@ def repeat(call: Call) -> None:
     """Launch again what :func:`launch` has launched on the current device, on its current stream."""
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **COMPILER_OPTIONS}
     call.kernel[call.grid](*call.arguments, **call.constants, **options)
+
+
+def _record(call: Call, traffic: Traffic, counted_only: bool) -> None:
+    moved = _bytes(traffic.reads), _bytes(traffic.writes)
+    launched = Launch(call.kernel.__name__, *moved, traffic.flops, None)
+    for recorded in _recordings:
+        recorded.append(replace(launched, call=call) if counted_only or recorded.keep_calls else launched)
+    for note in _observers:
+        note(launched)
 
 
 def _bytes(tensors: Sequence[Tensor | None]) -> int:

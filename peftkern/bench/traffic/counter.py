@@ -1,14 +1,14 @@
 """Runs a step of a model on tensors without memory and notes every kernel that a GPU would be sent.
 
 PyTorch's operators are seen on their way to the device (:mod:`operators` says what each costs), and the Triton kernels
-of this package are recorded where they are launched. An operator of a package that has more than one kernel behind it
-is replaced by the code that the package runs on a GPU, so that its parts are seen.
+of this package report themselves where they are launched: the code that runs is the code that a GPU would run. An
+operator with more than one kernel behind it is replaced by the calls that its package makes on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peftkern.backends.triton import launch
 from peftkern.bench.traffic.operators import Cost, cost
 from peftkern.bench.traffic.scopes import Scopes, running_node
+from peftkern.ops.lora_linear import counting_eager_calls
 
 _NAMESPACE = "peftkern"
 _ON_GPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -33,7 +34,6 @@ class Kernel:
     Attributes:
         name: of the operator, as ``aten::mm``, or of the Triton kernel.
         module: dotted name of the module whose forward or backward pass it belongs to.
-        operator: this package's operator that launched it, or empty.
         backward: whether it belongs to the backward pass.
         shape: of what it makes; of a Triton kernel it is not known.
         bytes_read, bytes_written, flops: each byte once.
@@ -41,7 +41,6 @@ class Kernel:
 
     name: str
     module: str
-    operator: str
     backward: bool
     shape: tuple[int, ...]
     bytes_read: int
@@ -71,10 +70,6 @@ class Step:
     saved: list[Saved] = field(default_factory=list)
 
 
-class UnseenLaunchError(RuntimeError):
-    """Triton kernels were launched outside of every operator, where no module can be named for them."""
-
-
 @contextmanager
 def counting(model: nn.Module, replaced: Mapping[str, Callable[..., Any]]) -> Iterator[Step]:
     """Note what runs inside: calls of ``model`` on the ``meta`` device, and the backward pass.
@@ -82,23 +77,16 @@ def counting(model: nn.Module, replaced: Mapping[str, Callable[..., Any]]) -> It
     Args:
         model: names the modules. What it holds is no memory kept for the backward pass.
         replaced: by an operator's name, the function that calls the operators behind it.
-
-    Raises:
-        UnseenLaunchError: a Triton kernel was launched in a way that cannot be counted.
     """
     step, scopes = Step(), Scopes(model)
-    keep = _Keeper(model, step, scopes)
-    with launch.recording() as launches, scopes.following():
-        mode = _Mode(step, scopes, replaced, launches)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), mode:
-            yield step
-    _check_all_seen(launches)
-
-
-def _check_all_seen(launches: Sequence[launch.Launch]) -> None:
-    if launches:
-        names = ", ".join(recorded.kernel for recorded in launches)
-        raise UnseenLaunchError(f"launched outside of the operators of this package: {names}")
+    keep, mode = _Keeper(model, step, scopes), _Mode(step, scopes, replaced)
+    with ExitStack() as stack:
+        stack.enter_context(scopes.following())
+        stack.enter_context(counting_eager_calls())
+        stack.enter_context(launch.observing(mode.note_launch))
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor))
+        stack.enter_context(mode)
+        yield step
 
 
 class _Keeper:
@@ -120,66 +108,39 @@ class _Keeper:
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes launches. ``launches`` is what is being recorded, and is emptied as its entries are noted.
-
-    An entry holds on to the tensors of its launch, and autograd copies a gradient that somebody else holds.
-    """
-
-    def __init__(
-        self, step: Step, scopes: Scopes, replaced: Mapping[str, Callable[..., Any]], launches: list[launch.Launch]
-    ) -> None:
+    def __init__(self, step: Step, scopes: Scopes, replaced: Mapping[str, Callable[..., Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._step = step
         self._scopes = scopes
         self._replaced = replaced
-        self._launches = launches
-        self._operator = ""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function._schema.name
-        if name in self._replaced:
-            with self:
-                return self._replaced[name](*args, **kwargs)
-        if function.namespace == _NAMESPACE:
-            return self._run_ours(function, args, kwargs)
-        if name not in _KEPT_WHOLE:
-            with self:
-                parts = function.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
+        with self:
+            parts = self._run_parts(function, name, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         out = function(*args, **kwargs)
-        self._note_operator(name, cost(function, args, kwargs, out), out)
+        costs = cost(function, args, kwargs, out)
+        if costs is not None:
+            self._note(name, tuple(out.shape) if isinstance(out, Tensor) else (), costs)
         return out
 
-    def _run_ours(self, function: Any, args: Any, kwargs: Any) -> Any:
-        """Run what the operator runs on a GPU, where ``meta`` would only be asked for the shape of the result."""
-        outermost = not self._operator
-        if outermost:
-            _check_all_seen(self._launches)
-            self._operator = function._schema.name
-        try:
-            with self:
-                out = function.redispatch(_ON_GPU, *args, **kwargs)
-            self._note_launches()
-        finally:
-            self._operator = "" if outermost else self._operator
-        return out
+    def _run_parts(self, function: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Run an operator that stands for several, seeing those; ``NotImplemented`` for one that stands for itself."""
+        if name in self._replaced:
+            return self._replaced[name](*args, **kwargs)
+        if function.namespace == _NAMESPACE:
+            # what a GPU runs, where the meta device would only be asked for the shape of the result
+            return function.redispatch(_ON_GPU, *args, **kwargs)
+        return NotImplemented if name in _KEPT_WHOLE else function.decompose(*args, **kwargs)
 
-    def _note_operator(self, name: str, costs: Cost | None, out: Any) -> None:
-        if costs is None:
-            return
-        if self._operator:
-            self._note_launches()
-        self._note(name, tuple(out.shape) if isinstance(out, Tensor) else (), costs)
-
-    def _note_launches(self) -> None:
-        for recorded in self._launches:
-            self._note(recorded.kernel, (), Cost(recorded.bytes_read, recorded.bytes_written, recorded.flops))
-        self._launches.clear()
+    def note_launch(self, launched: launch.Launch) -> None:
+        """Note a Triton kernel."""
+        self._note(launched.kernel, (), Cost(launched.bytes_read, launched.bytes_written, launched.flops))
 
     def _note(self, name: str, shape: tuple[int, ...], costs: Cost) -> None:
         backward = running_node() is not None
-        module = self._scopes.current()
         sizes = (costs.bytes_read, costs.bytes_written, costs.flops)
-        self._step.kernels.append(Kernel(name, module, self._operator, backward, shape, *sizes))
+        self._step.kernels.append(Kernel(name, self._scopes.current(), backward, shape, *sizes))

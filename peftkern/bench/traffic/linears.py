@@ -9,7 +9,6 @@ from enum import StrEnum
 from peftkern.bench.traffic.counter import Kernel, Step
 from peftkern.bench.traffic.layer import LINEARS
 
-_OPERATORS = "peftkern::lora_linear"
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"})
 
 
@@ -44,8 +43,8 @@ class Total:
 
 
 def of_linears(step: Step) -> list[Kernel]:
-    """Launches of the seven linear layers: of a module of that name or of one inside it, or of our operators."""
-    return [kernel for kernel in step.kernels if _is_inside(kernel.module) or kernel.operator.startswith(_OPERATORS)]
+    """Launches of the seven linear layers: of a module of that name or of one inside it."""
+    return [kernel for kernel in step.kernels if _is_inside(kernel.module)]
 
 
 def of_others(step: Step) -> list[Kernel]:
