@@ -127,6 +127,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.traffic.cases:saved",
             packages=_COUNTED,
         ),
+        Benchmark(
+            "gpu-numerics",
+            "worst relative error against float64 of GPU kernels, executed and emulated without a GPU",
+            "peftkern.gpu_check.executed:cases",
+            packages=("triton",),
+        ),
     )
 }
 
