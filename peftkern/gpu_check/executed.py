@@ -1,6 +1,6 @@
 """Cases of ``gpu-numerics``: the worst relative error of GPU kernels against float64, without a GPU.
 
-The Triton kernels are executed from the IR that Triton compiles them to (ttsem; on a machine with a GPU they run on it),
+The Triton kernels are executed from the IR that Triton compiles them to (by ttsem; with a GPU they run on that), and
 the CUDA kernels by an emulator. Both are part of the tests, so this benchmark runs from a checkout.
 """
 

@@ -71,7 +71,7 @@ def test_it_needs_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_an_executor_it_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executed.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(executed.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(BenchError, match="pip install .* ttsem"):
+    with pytest.raises(BenchError, match=r"pip install .* ttsem"):
         list(executed.cases())
 
 
