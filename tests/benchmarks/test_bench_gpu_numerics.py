@@ -37,7 +37,7 @@ def test_the_worst_error_of_each_dtype_is_a_row(monkeypatch: pytest.MonkeyPatch)
     rows = list(executed.cases())
     assert [(row.ours, row.peer) for row in rows] == [([3e-6], [5e-6]), ([2e-3], [8e-3])] * 2
     assert {row.quantity for row in rows} == {Quantity.DIFFERENCE}
-    assert rows[1].case == "Triton kernels by an abacus, bfloat16, worst of 3, limit 8e-03"
+    assert rows[1].case == "Triton kernels by an abacus, bfloat16, limit 8e-03"
     assert rows[2].case.startswith("CUDA kernels by an abacus, float32")
     for command in commands:
         assert (run.checkout() / next(part for part in command if part.endswith("_errors.py"))).exists()

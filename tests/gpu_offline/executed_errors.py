@@ -57,7 +57,7 @@ def main() -> None:
         str(dtype).removeprefix("torch."): [row.error for item in sample(dtype) for row in item.rows(bench)]
         for dtype in LIMITS
     }
-    Path(sys.argv[-1]).write_text(json.dumps({"executor": executor.describe(executor.current()), "errors": errors}))
+    Path(sys.argv[-1]).write_text(json.dumps({"executor": executor.current(), "errors": errors}))
 
 
 if __name__ == "__main__":
