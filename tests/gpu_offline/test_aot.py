@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aot_defects
 import pytest
+import torch
 import triton
 
-from peftkern.backends.triton import paths
+from peftkern.backends.triton import configurations, paths
 from peftkern.backends.triton.specializations import TENSORS, Case, specializations
 from peftkern.bench import BenchError
+from peftkern.bench.aot import __main__ as aot_command
 from peftkern.bench.aot import cases
 from peftkern.bench.aot.compile import ARCHITECTURES, compile_for
 from peftkern.bench.aot.resources import (
@@ -64,6 +69,18 @@ def test_only_what_needs_an_architecture_of_its_own_is_repeated_for_it() -> None
     everywhere = {one.name for one, _ in work_for(89)}
     assert {name for name in everywhere if ": product" in name}
     assert everywhere < {one.name for one, _ in work_for(90)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tile_is_compiled(architecture: int) -> None:
+    compiled = [(one.num_warps, one.num_stages, set(one.named_constants.values())) for one, _ in work_for(architecture)]
+    for kernel, dtype in itertools.product(configurations._TILES, (torch.bfloat16, torch.float32)):
+        tile = configurations.tile_for(kernel, architecture, dtype, 1 << 16)
+        sizes = {tile.tokens, tile.columns, tile.inner} - {0}
+        assert any(
+            sizes <= constants and (warps, stages) == (tile.num_warps, tile.num_stages)
+            for warps, stages, constants in compiled
+        ), f"{kernel} {dtype}: {tile}"
 
 
 @pytest.mark.parametrize("architecture", [86, 90])
@@ -203,6 +220,49 @@ def test_rows_that_one_side_lacks_are_found(sound: Row) -> None:
     assert problems({KEY: sound}, {KEY: sound}) == []
     assert problems({KEY: sound}, {}) == ["sm_80 multiply: has no row in the table"]
     assert problems({}, {KEY: sound}) == ["sm_80 multiply: nothing is compiled for this row"]
+
+
+# ---- the command
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """Runs the command on a table of its own, and on a given report instead of a new compilation."""
+
+    def run(report: Report, *options: str) -> int:
+        monkeypatch.setattr(aot_command, "compile_everything", lambda _on_row: report)
+        monkeypatch.setattr(sys, "argv", ["aot", "--table", str(tmp_path / "table.json"), *options])
+        return aot_command.main()
+
+    return run
+
+
+def test_the_command_writes_the_table_and_compares_with_it(command: Callable[..., int], sound: Row) -> None:
+    assert command(Report({KEY: sound}, []), "--update") == 0
+    assert command(Report({KEY: sound}, [])) == 0
+
+
+def test_the_command_shows_what_is_worse(
+    command: Callable[..., int], sound: Row, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(Report({KEY: sound}, []), "--update")
+    assert command(Report({KEY: replace(sound, registers=2 * sound.registers)}, ["it does not compile"])) == 1
+    output = capsys.readouterr().out
+    assert "sm_80 multiply: registers 192, was 96" in output
+    assert "it does not compile" in output
+
+
+def test_the_command_does_not_hide_a_spill_in_a_new_table(command: Callable[..., int], sound: Row) -> None:
+    assert command(Report({KEY: replace(sound, spills=3)}, []), "--update") == 1
+
+
+def test_another_version_of_triton_is_held_to_the_hard_rules_alone(
+    command: Callable[..., int], sound: Row, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_table(tmp_path / "table.json", Table("3.0.0", {KEY: replace(sound, registers=1)}))
+    assert command(Report({KEY: sound}, [])) == 0
+    assert "the table is of Triton 3.0.0" in capsys.readouterr().out
+    assert command(Report({KEY: replace(sound, spills=3)}, [])) == 1
 
 
 # ---- the benchmarks
