@@ -104,6 +104,15 @@ def backend_for(x: Tensor, members: Sequence[Member], backend: str | None = None
     return choice.backend if choice.backend != "reference" else None
 
 
+def is_elsewhere(x: Tensor, members: Sequence[Member]) -> bool:
+    """Whether all backends with a form for groups are for other devices, whatever the members and their number."""
+    # on the meta device the answer changes: kernels are counted there at times
+    if x.is_meta or registry.forced_backend() is not None:
+        return False
+    choice = registry.choose("lora_linear_group", as_matrix(x), members)
+    return choice.backend == "reference" and choice.reason == "first choice"
+
+
 def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:
     adapters = member.adapters
     lora = (adapters.lora_A, adapters.lora_B, adapters.scaling)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.ops.lora_linear_group import Member, backend_for, run_as_one
+from peftkern.ops.lora_linear_group import Member, backend_for, is_elsewhere, run_as_one
 from peftkern.patch.arguments import LayerArguments, is_hooked_before, read_layer
 from peftkern.patch.fused import STATE, LayerState, is_fused
 from peftkern.patch.weights import NotFused
@@ -95,6 +95,7 @@ class SharedInput:
         self._layers = tuple(weakref.ref(layer) for layer in layers)
         self._pending: _Pending | None = None
         self._wasted = False
+        self._elsewhere: torch.device | None = None
         # A group must not be dissolved between a call and its recomputation by gradient checkpointing, which has to
         # save the same tensors and draw the same random numbers. So the calls that may still be recomputed are known:
         # those with a graph by their graph, and those without one, as reentrant checkpointing makes them, by number.
@@ -121,7 +122,7 @@ class SharedInput:
         The result is of the dtype that the layer computes in.
         """
         # what keeps no count of its changes cannot be told from what it was
-        if self.dissolved or type(x) is not Tensor or x.is_inference():
+        if self.dissolved or x.device == self._elsewhere or type(x) is not Tensor or x.is_inference():
             return None
         # not found in a copy that shares this object, as nn.DataParallel makes them
         position = next((i for i, reference in enumerate(self._layers) if reference() is layer), None)
@@ -144,10 +145,8 @@ class SharedInput:
             self._waste(self._pending, list(self._pending.outputs))
         if self._wasted and not self._graphs and self._to_recompute == 0:
             self._dissolve()
-            return None
-        x_ = arguments.to_compute(x)
-        backend = _state(layer).backend
-        if is_hooked_before(layer) or backend_for(x_, group_members([arguments]), backend) is None:
+        x_, backend = arguments.to_compute(x), _state(layer).backend
+        if self.dissolved or is_hooked_before(layer) or not self._has_form(x_, arguments, backend):
             return None
         members = {position: arguments, **self._siblings(layer, x, x_)}
         positions = sorted(members)
@@ -156,9 +155,17 @@ class SharedInput:
             return None
         waiting = {i: (output, members[i], members[i].state()) for i, output in zip(positions, outputs, strict=True)}
         own, *_ = waiting.pop(position)
-        graph = self._watch(outputs, layer.training)
-        self._pending = _Pending(x, _context(x), waiting, graph)
+        self._pending = _Pending(x, _context(x), waiting, self._watch(outputs, layer.training))
         return own
+
+    def _has_form(self, x: Tensor, arguments: LayerArguments, backend: str | None) -> bool:
+        """Whether some backend could run a group of layers like this one."""
+        alone = group_members([arguments])
+        if backend_for(x, alone, backend) is not None:
+            return True
+        # remembered, because on a CPU asking again takes a good part of a small layer's time
+        self._elsewhere = x.device if is_elsewhere(x, alone) else None
+        return False
 
     def _siblings(self, layer: nn.Module, x: Tensor, x_: Tensor) -> dict[int, LayerArguments]:
         """What the other layers would multiply x with, as far as they can join; ``x_`` is x as ``layer`` takes it."""
@@ -248,6 +255,6 @@ def _context(x: Tensor) -> tuple[Any, ...]:
     autocast = None
     if not x.is_meta and torch.is_autocast_enabled(device):  # the meta device has no autocast, and asking for it raises
         autocast = torch.get_autocast_dtype(device)
-    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
     modes = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, stream)
     return x._version, x.requires_grad, *modes
