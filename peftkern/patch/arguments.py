@@ -208,6 +208,11 @@ def is_hooked_before(module: nn.Module) -> bool:
     )
 
 
+def has_global_hooks() -> bool:
+    """Whether calling any module runs hooks that were registered for all of them."""
+    return nn.modules.module._has_any_global_hook()
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody (for example accelerate's hooks) has put a forward on the instance, in front of its class."""
     return "forward" in module.__dict__

@@ -4,7 +4,8 @@ Nothing of a layer but its class changes: parameters, buffers, hooks, names and 
 a fused layer needs sits in one entry of its `__dict__`, and goes when the layer is unpatched.
 
     y = x Wᵀ + Σᵢ sᵢ (Dᵢ(x) Aᵢᵀ) Bᵢᵀ + b + Σᵢ sᵢ bᵢ          i over the active adapters of this layer
-    y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind
+    y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
+                                                             fused too, its input is not kept but made again
 
 Whatever this does not cover raises `NotFused` and then runs what the original runs, counted and logged.
 """
@@ -24,10 +25,20 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import QuantizedTensor
+from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear
 from peftkern.ops.silu_mul import silu_mul
 from peftkern.patch import merging
-from peftkern.patch.arguments import LayerArguments, is_hooked, is_lora_class, read_base, read_lora, running_adapters
+from peftkern.patch.arguments import (
+    LayerArguments,
+    has_global_hooks,
+    is_hooked,
+    is_lora_class,
+    read_base,
+    read_layer,
+    read_lora,
+    running_adapters,
+)
 from peftkern.patch.gated import is_gated_mlp, is_silu
 from peftkern.patch.weights import NotFused, ViewCache, base_kind, original_class
 
@@ -168,8 +179,45 @@ def _base_forward(original: Any) -> Callable[..., Tensor]:
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return _gated_down(self, self.gate_proj(x), self.up_proj(x))
     # the results of gate_proj and up_proj are not named here: without gradients they are freed before down_proj runs
     return self.down_proj(_gated(self, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def _gated_down(block: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """The gate and the layer behind it, as one operation that keeps nothing in between where both run fused."""
+    arguments = _arguments_behind_gate(block, gate, up)
+    if arguments is None:
+        return block.down_proj(_gated(block, gate, up))  # type: ignore[no-any-return]
+    return gated_lora_linear(
+        gate,
+        up,
+        arguments.weight,
+        arguments.lora_A,
+        arguments.lora_B,
+        arguments.scaling,
+        arguments.total_bias(),
+        arguments.dropout_p,
+        backend=block.down_proj.__dict__[STATE].backend,
+    )
+
+
+def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArguments | None:
+    """What ``down_proj`` multiplies with; `None` where calling it is more than that, or does not keep its input."""
+    down = block.down_proj
+    if not is_fused(down) or is_hooked(down) or has_global_hooks() or torch.compiler.is_compiling():
+        return None
+    if down.__dict__[STATE].backend != block.__dict__[STATE].backend:
+        return None
+    try:
+        check_activation(block.act_fn)
+        _check_gate(gate, up)
+        arguments = read_layer(down, gate)
+    except NotFused:  # whatever runs instead says why
+        return None
+    keeps_input = any(lora_A.requires_grad for lora_A in arguments.lora_A)
+    return arguments if keeps_input and arguments.compute_dtype(gate.dtype) == gate.dtype else None
 
 
 def _gated(block: Any, gate: Tensor, up: Tensor) -> Tensor:

@@ -240,6 +240,90 @@ def test_two_tensors_are_kept_instead_of_three() -> None:
     assert len(inner_tensors()) == 2
 
 
+# ---- the layer behind the gate
+
+
+def _adapted_block(lora_dropout: float = 0.0, **options: Any) -> nn.Module:
+    """The feed-forward block of a Llama, LoRA on its three layers."""
+    model = lora(llama(), r=4, lora_dropout=lora_dropout, init_lora_weights=False, **options)
+    return model.base_model.model.model.layers[0].mlp.train()
+
+
+def _inner_tensors(block: nn.Module) -> int:
+    """How many tensors as wide as the gate a forward pass keeps; each storage counts once."""
+    width = block.gate_proj.out_features
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (width,) and tensor.shape[:-1].numel() == 7:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(torch.randn(7, block.gate_proj.in_features))
+    return len(kept)
+
+
+def _gradients(block: nn.Module) -> list[Tensor]:
+    torch.manual_seed(9)
+    x = torch.randn(7, block.gate_proj.in_features, requires_grad=True)
+    y = block(x)
+    y.square().sum().backward()
+    trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    assert len(gradients) == len(trained)
+    for parameter in trained:
+        parameter.grad = None
+    return [y.detach(), x.grad, *gradients]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_input_of_the_last_layer_is_not_kept(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = _adapted_block(dropout)
+    expected = _gradients(block) if dropout == 0.0 else None
+    patch(block)
+    assert _inner_tensors(block) == 2
+    together = _gradients(block)
+    monkeypatch.setattr(fused_file, "_arguments_behind_gate", lambda *_: None)
+    assert _inner_tensors(block) == 3
+    for one, other in zip(together, _gradients(block), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(together, expected or together, strict=True):
+        assert error(one, other) <= TOLERANCE
+
+
+def test_hooks_on_the_last_layer_see_its_input() -> None:
+    block, seen = _adapted_block(), []
+    patch(block)
+    expected = _gradients(block)
+    block.down_proj.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape))
+    for one, other in zip(_gradients(block), expected, strict=True):
+        assert torch.equal(one, other)
+    assert seen == [(7, block.gate_proj.out_features)]
+
+
+def test_global_hooks_see_the_last_layer() -> None:
+    block, seen = _adapted_block(), []
+    patch(block)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        _gradients(block)
+    finally:
+        handle.remove()
+    assert block.down_proj in seen
+
+
+def test_a_last_layer_without_running_adapters_runs_its_own_code() -> None:
+    block = _adapted_block()
+    expected = None
+    for _ in range(2):
+        block.down_proj.enable_adapters(False)
+        y = block(torch.ones(2, block.gate_proj.in_features))
+        assert expected is None or error(y.detach(), expected) <= TOLERANCE
+        expected = y.detach()
+        patch(block)
+
+
 def test_hooks_on_the_activation_run_and_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     block, x = llama_block(), torch.randn(2, 5, HIDDEN)
     block.act_fn = nn.SiLU()
