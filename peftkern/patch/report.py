@@ -102,7 +102,7 @@ def _format_group(rows: list[PatchRow], footnotes: dict[str, str]) -> tuple[str,
     remarks = [_short(first.reason, footnotes)] if first.reason else []
     remarks += [f"{count} calls left: {_short(why, footnotes)}" for why, count in calls.items()]
     unused = sum(row.unused for row in rows)
-    remarks += [f"{unused} outputs unused, runs alone"] if unused else []
+    remarks += [f"outputs unused: {unused}, runs alone"] if unused else []
     kernel = first.kernel if first.action == "fused" else "(left)"
     return name, str(len(rows)), first.kind, first.weight, kernel, ", ".join(remarks)
 

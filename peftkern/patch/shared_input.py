@@ -64,12 +64,14 @@ class _Pending:
     """Outputs that wait for their layers to be called.
 
     Attributes:
+        members: positions in the group of all layers that were computed.
         x: what they were computed from.
         context: the state of x and of PyTorch then.
         outputs: by position in the group: the output, the arguments and their state.
         graph: stands for the autograd graph behind them.
     """
 
+    members: frozenset[int]
     x: Tensor
     context: tuple[Any, ...]
     outputs: dict[int, tuple[Tensor, LayerArguments, tuple[Any, ...]]]
@@ -130,7 +132,15 @@ class SharedInput:
             return None
         if self._pending is not None and position in self._pending.outputs:
             return self._hand_out(self._pending, position, x, arguments)
+        if is_hooked_before(layer) or self._left_out(position, x):
+            return None
+        self._waste_all()
         return self._compute(layer, position, x, arguments)
+
+    def _left_out(self, position: int, x: Tensor) -> bool:
+        """Whether the others were computed for x without this layer, because it could not join them."""
+        pending = self._pending
+        return pending is not None and pending.x is x and position not in pending.members
 
     def _hand_out(self, pending: _Pending, position: int, x: Tensor, arguments: LayerArguments) -> Tensor | None:
         output, _older_arguments, state = pending.outputs[position]
@@ -141,12 +151,10 @@ class SharedInput:
         return None
 
     def _compute(self, layer: nn.Module, position: int, x: Tensor, arguments: LayerArguments) -> Tensor | None:
-        if self._pending is not None:
-            self._waste(self._pending, list(self._pending.outputs))
         if self._wasted and not self._graphs and self._to_recompute == 0:
             self._dissolve()
         x_, backend = arguments.to_compute(x), _state(layer).backend
-        if self.dissolved or is_hooked_before(layer) or not self._has_form(x_, arguments, backend):
+        if self.dissolved or not self._has_form(x_, arguments, backend):
             return None
         members = {position: arguments, **self._siblings(layer, x, x_)}
         positions = sorted(members)
@@ -155,7 +163,8 @@ class SharedInput:
             return None
         waiting = {i: (output, members[i], members[i].state()) for i, output in zip(positions, outputs, strict=True)}
         own, *_ = waiting.pop(position)
-        self._pending = _Pending(x, _context(x), waiting, self._watch(outputs, layer.training))
+        graph = self._watch(outputs, layer.training)
+        self._pending = _Pending(frozenset(members), x, _context(x), waiting, graph)
         return own
 
     def _has_form(self, x: Tensor, arguments: LayerArguments, backend: str | None) -> bool:
@@ -203,6 +212,10 @@ class SharedInput:
             if layer is not None and STATE in layer.__dict__:
                 _state(layer).unused += 1
 
+    def _waste_all(self) -> None:
+        if self._pending is not None:
+            self._waste(self._pending, list(self._pending.outputs))
+
     def _dissolve(self) -> None:
         self.dissolved = True
         for layer in self.layers():
@@ -227,7 +240,7 @@ class SharedInput:
         """The backward pass has gone through the graph: it is not recomputed any more, nor can it serve anyone else."""
         self._graphs.discard(graph)
         if self._pending is not None and self._pending.graph is graph:
-            self._waste(self._pending, list(self._pending.outputs))
+            self._waste_all()
 
 
 def _on_backward(reference: weakref.ref[SharedInput], graph: _Graph) -> Callable[..., None]:
