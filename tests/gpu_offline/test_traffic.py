@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
+from peftkern import ops
 from peftkern.backends import registry
 from peftkern.backends.triton import devices, launch, lora_linear
 from peftkern.bench.registry import BENCHMARKS
 from peftkern.bench.traffic import cases, table
 from peftkern.bench.traffic.counter import Kernel, Step, counting
 from peftkern.bench.traffic.layer import (
+    LINEARS,
     LLAMA_3_8B,
     REPLACED,
     TOKENS,
@@ -31,9 +33,10 @@ from peftkern.bench.traffic.layer import (
     quantized_linear,
     with_adapters,
 )
-from peftkern.bench.traffic.linears import Part, breakdown, of_linears, of_others, saved_bytes, total
+from peftkern.bench.traffic.linears import Part, breakdown, is_in_block, of_linears, of_others, saved_bytes, total
 from peftkern.formats import QuantizedTensor, codebook
 from peftkern.ops.lora_linear import Adapters
+from peftkern.patch import fused
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 SMALL = Shape(hidden_size=256, intermediate_size=512, num_attention_heads=2, num_key_value_heads=1)
@@ -268,22 +271,43 @@ def test_bytes_of_the_linear_layers(steps: cases.Steps) -> None:
     assert total(of_linears(steps.ours)).bytes <= 0.55 * total(of_linears(steps.peer)).bytes
 
 
+def test_what_the_linear_layers_keep(steps: cases.Steps) -> None:
+    assert saved_bytes(steps.ours) <= 0.5 * saved_bytes(steps.peer)
+
+
 def test_nothing_is_moved_out_of_the_linear_layers(steps: cases.Steps) -> None:
-    """Outside of the feed-forward block, where our gate runs, both sides launch the same kernels."""
+    """Outside of the feed-forward block both sides launch the same kernels; in it ours launches its gate alone."""
     ours, peer = (
-        sorted((kernel.module, kernel.name, kernel.bytes) for kernel in of_others(step) if not in_mlp(kernel))
+        sorted(
+            (kernel.module, kernel.name, kernel.bytes) for kernel in of_others(step) if not is_in_block(kernel.module)
+        )
         for step in (steps.ours, steps.peer)
     )
     assert ours == peer
+    gate = [kernel for kernel in of_others(steps.ours) if is_in_block(kernel.module)]
+    activation = 2 * TOKENS * LLAMA_3_8B.intermediate_size
+    assert [(kernel.name, kernel.bytes) for kernel in gate] == [
+        ("silu_mul_kernel", 3 * activation),
+        ("silu_mul_backward_kernel", 5 * activation),
+    ]
+    theirs = total(kernel for kernel in of_others(steps.peer) if is_in_block(kernel.module))
+    assert (theirs.launches, theirs.bytes) == (5, 14 * activation)
 
 
-def test_the_gate_is_no_worse(steps: cases.Steps) -> None:
-    ours, peer = (total(kernel for kernel in of_others(step) if in_mlp(kernel)) for step in (steps.ours, steps.peer))
-    assert (ours.launches <= peer.launches, ours.bytes <= peer.bytes) == (True, True)
+def test_nothing_is_kept_elsewhere_instead(steps: cases.Steps) -> None:
+    ours, peer = (kept_elsewhere(step) for step in (steps.ours, steps.peer))
+    assert ours == peer
+    assert len(ours) > 10
 
 
-def in_mlp(kernel: Kernel) -> bool:
-    return "mlp" in kernel.module.split(".")
+def kept_elsewhere(step: Step) -> list[tuple[str, int]]:
+    kept = {(saved.module, saved.storage): saved.bytes for saved in step.saved if is_elsewhere(saved.module)}
+    return sorted((module, size) for (module, _storage), size in kept.items())
+
+
+def is_elsewhere(module: str) -> bool:
+    """Whether this is neither one of the linear layers nor the block whose gate is ours."""
+    return not (is_in_block(module) or set(LINEARS) & set(module.split(".")))
 
 
 def test_a_step_counts_the_same_every_time() -> None:
@@ -347,9 +371,12 @@ def test_a_kernel_launched_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_tensor_kept_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = our_layer(SMALL, BFLOAT16)
     before = saved_bytes(count_step(layer, SMALL))
-    q_proj = layer.get_submodule("base_model.model.self_attn.q_proj")
-    monkeypatch.setattr(q_proj, "forward", lambda x, run=q_proj.forward: run(x) * x.sum().exp())
-    assert saved_bytes(count_step(layer, SMALL)) > before
+
+    def keeping_the_product(gate: Tensor, up: Tensor, *rest: Any, **options: Any) -> Tensor:
+        return ops.lora_linear(ops.silu_mul(gate, up), *rest, **options)
+
+    monkeypatch.setattr(fused, "gated_lora_linear", keeping_the_product)
+    assert saved_bytes(count_step(layer, SMALL)) == before + 2 * TOKENS * SMALL.intermediate_size
 
 
 def test_a_triton_launch_belongs_to_the_module_that_made_it() -> None:
@@ -366,7 +393,7 @@ def stray_kernel() -> None:
 
 
 def test_an_operator_of_ours_is_seen_as_the_kernels_behind_it() -> None:
-    q = peftkern.ops.quantize(empty(64, 64), double_quant=True)
+    q = ops.quantize(empty(64, 64), double_quant=True)
     step = count(lambda: torch.ops.peftkern.dequantize(*dequantize_arguments(q)))
     assert [kernel.name for kernel in step.kernels] == ["dequantize_blocks_kernel"]
 
@@ -440,7 +467,7 @@ def recorded_calls() -> Iterator[list[launch.Launch]]:
 @pytest.mark.parametrize(("tokens", "shape"), [(2048, (4096, 4096)), (2048, (1024, 4096)), (8, (1024, 4096))])
 def test_every_tensor_that_a_kernel_gets_is_declared(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     """A launch names what it reads and writes by hand: all memory that it is handed must be among that."""
-    q = peftkern.ops.quantize(empty(*shape), double_quant=True)
+    q = ops.quantize(empty(*shape), double_quant=True)
     adapters = Adapters([empty(RANK, shape[1], dtype=dtype)], [empty(shape[0], RANK, dtype=dtype)], [2.0], [0.0], None)
     x, grad = empty(tokens, shape[1]), empty(tokens, shape[0])
     with recorded_calls() as launches:

@@ -55,9 +55,17 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Saved:
-    """Memory that a module keeps for the backward pass. Modules that keep the same memory have the same ``storage``."""
+    """Memory that a module keeps for the backward pass.
+
+    Attributes:
+        module: that keeps it.
+        maker: the innermost module that has returned it.
+        storage: the same for all that keep the same memory.
+        bytes: of that memory.
+    """
 
     module: str
+    maker: str
     storage: int
     bytes: int
 
@@ -103,7 +111,8 @@ class _Keeper:
         storage = tensor.untyped_storage()
         if tensor.is_meta and storage._cdata not in self._held:
             self._alive.append(storage)  # or its number could be given to another one
-            self._step.saved.append(Saved(self._scopes.current(), storage._cdata, storage.nbytes()))
+            module, maker = self._scopes.current(), self._scopes.maker(tensor)
+            self._step.saved.append(Saved(module, maker, storage._cdata, storage.nbytes()))
         return tensor
 
 

@@ -1,4 +1,9 @@
-"""What of a counted step belongs to the linear layers with adapters, and to which part of their work."""
+"""What of a counted step belongs to the linear layers with adapters, and to which part of their work.
+
+The feed-forward block is where they meet other work, its gate: silu, the product with it, and their gradients. One
+operation of ours is gate and layer in one. There the kernels tell which is which, and of what is kept for the backward
+pass, what the gate itself works on is the gate's, on either side; all else is the layer's.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from peftkern.bench.traffic.counter import Kernel, Step
+from peftkern.bench.traffic.counter import Kernel, Saved, Step
 from peftkern.bench.traffic.layer import LINEARS
 
+_BLOCK = "mlp"
+_GATE = frozenset({"aten::silu", "aten::mul", "aten::silu_backward", "silu_mul_kernel", "silu_mul_backward_kernel"})
+_GATE_WORKS_ON = ("gate_proj", "up_proj", "act_fn")
 _PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"})
 
 
@@ -43,19 +51,18 @@ class Total:
 
 
 def of_linears(step: Step) -> list[Kernel]:
-    """Launches of the seven linear layers: of a module of that name or of one inside it."""
-    return [kernel for kernel in step.kernels if _is_inside(kernel.module)]
+    """Launches of the seven linear layers."""
+    return [kernel for kernel in step.kernels if _is_of_linear(kernel)]
 
 
 def of_others(step: Step) -> list[Kernel]:
     """Launches of the rest of the decoder layer."""
-    mine = {id(kernel) for kernel in of_linears(step)}
-    return [kernel for kernel in step.kernels if id(kernel) not in mine]
+    return [kernel for kernel in step.kernels if not _is_of_linear(kernel)]
 
 
 def saved_bytes(step: Step) -> int:
     """Memory that the linear layers keep for the backward pass; what several of them keep counts once."""
-    return sum({saved.storage: saved.bytes for saved in step.saved if _is_inside(saved.module)}.values())
+    return sum({saved.storage: saved.bytes for saved in step.saved if _is_kept_by_linear(saved)}.values())
 
 
 def total(kernels: Iterable[Kernel]) -> Total:
@@ -92,6 +99,23 @@ def _adds_offset_of_scales(kernel: Kernel) -> bool:
 
 def _is_adapter(module: str) -> bool:
     return "lora_A" in module or "lora_B" in module
+
+
+def _is_of_linear(kernel: Kernel) -> bool:
+    if is_in_block(kernel.module):
+        return kernel.name not in _GATE
+    return _is_inside(kernel.module)
+
+
+def _is_kept_by_linear(saved: Saved) -> bool:
+    if is_in_block(saved.module):
+        return saved.maker.rpartition(".")[2] not in _GATE_WORKS_ON
+    return _is_inside(saved.module)
+
+
+def is_in_block(module: str) -> bool:
+    """Whether this is the feed-forward block, outside of its linear layers."""
+    return _BLOCK in module.split(".") and not _is_inside(module)
 
 
 def _is_inside(module: str) -> bool:

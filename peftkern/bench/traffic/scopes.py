@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
-from torch.nn.modules import module as global_hooks
+from torch import Tensor, nn
 
 from peftkern.bench.traffic.operators import tensors
 
@@ -20,15 +20,16 @@ _KEY = "peftkern.bench.traffic"
 
 
 class Scopes:
-    """Follows the calls of the modules of one model, as a context manager.
+    """Follows the calls of the modules of one model.
 
-    It hangs on PyTorch's hooks for all modules, not on those of the model: a layer with hooks of its own may run other
-    code than one without.
+    It stands in front of the call itself. Hooks, on these modules or on all, would be noticed: a layer with hooks may
+    run other code than one without.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[str] = []
+        self._makers: WeakKeyDictionary[torch.UntypedStorage, str] = WeakKeyDictionary()
 
     def current(self) -> str:
         """Dotted name of the module at work, or :data:`OUTSIDE`."""
@@ -37,30 +38,35 @@ class Scopes:
         node = running_node()
         return OUTSIDE if node is None else str(node.metadata.get(_KEY, OUTSIDE))
 
+    def maker(self, tensor: Tensor) -> str:
+        """The innermost module that has returned this memory, or :data:`OUTSIDE`."""
+        return self._makers.get(tensor.untyped_storage(), OUTSIDE)
+
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Inside, :meth:`current` is up to date."""
-        handles = [
-            global_hooks.register_module_forward_pre_hook(self._enter),
-            global_hooks.register_module_forward_hook(self._leave, always_call=True),
-        ]
+        """Inside, :meth:`current` and :meth:`maker` are up to date."""
+        original: Any = nn.Module.__call__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = self._names.get(module)
+            if name is None:
+                return original(module, *args, **kwargs)
+            self._claim((args, kwargs), self._stack[-1] if self._stack else OUTSIDE)  # what made the inputs
+            self._stack.append(name)
+            try:
+                outputs = original(module, *args, **kwargs)
+                self._claim(outputs, name)
+            finally:
+                self._stack.pop()
+            for tensor in tensors(outputs):
+                self._makers.setdefault(tensor.untyped_storage(), name)
+            return outputs
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: nn.Module, inputs: Any) -> None:
-        name = self._names.get(module)
-        if name is None:
-            return
-        # Whatever made the inputs belongs to the caller.
-        self._claim(inputs, self._stack[-1] if self._stack else OUTSIDE)
-        self._stack.append(name)
-
-    def _leave(self, module: nn.Module, _inputs: Any, outputs: Any) -> None:
-        if module in self._names:
-            self._claim(outputs, self._stack.pop())
+            nn.Module.__call__ = original  # type: ignore[method-assign]
 
     def _claim(self, values: Any, name: str) -> None:
         """Give ``name`` to all nodes behind ``values`` that have no name yet."""
