@@ -210,7 +210,7 @@ def is_hooked_before(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether calling any module runs hooks that were registered for all of them."""
-    return nn.modules.module._has_any_global_hook()
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def has_own_forward(module: nn.Module) -> bool:
