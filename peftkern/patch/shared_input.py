@@ -181,7 +181,7 @@ class SharedInput:
         found = {}
         for position, reference in enumerate(self._layers):
             sibling = reference()
-            if sibling is None or sibling is layer or not self._is_member(sibling, _state(layer).backend):
+            if sibling is None or sibling is layer or not self._is_member(sibling):
                 continue
             try:
                 arguments = read_layer(sibling, x)
@@ -191,11 +191,8 @@ class SharedInput:
                 found[position] = arguments
         return found
 
-    def _is_member(self, sibling: nn.Module, backend: str | None) -> bool:
-        if not is_fused(sibling) or is_hooked_before(sibling):
-            return False
-        state = _state(sibling)
-        return state.shared is self and state.backend == backend
+    def _is_member(self, sibling: nn.Module) -> bool:
+        return is_fused(sibling) and _state(sibling).shared is self and not is_hooked_before(sibling)
 
     # ---- outputs that nobody asked for
 

@@ -144,6 +144,21 @@ def test_half_precision_and_autocast(grouped: Calls, base: str, model_dtype: tor
     assert grouped == [(FORWARD, 3)]
 
 
+def test_a_layer_that_computes_in_another_dtype_runs_alone(grouped: Calls) -> None:
+    model = lora(llama("bnb-nf4", dtype=torch.bfloat16))
+    patch(model, strict=True)
+    block = model.base_model.model.model.layers[0].self_attn
+    block.k_proj.base_layer.compute_dtype = torch.float16
+    x = torch.randn(2, 3, 64)
+    separate = alone(block)
+    for name in "qkv":
+        y, expected = (getattr(each, f"{name}_proj")(x) for each in (block, separate))
+        assert y.dtype == torch.float32
+        assert error(y, expected) <= (2e-3 if name == "k" else 8e-3)
+    assert grouped == [(FORWARD, 2)]
+    assert state(block.v_proj).unused == 0
+
+
 def test_several_adapters_of_different_ranks(grouped: Calls) -> None:
     model = lora(llama("nf4"), lora_dropout=0.3, rank_pattern={"k_proj": 7})
     model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
@@ -715,7 +730,7 @@ def test_patching_again_forms_the_groups_anew(grouped: Calls) -> None:
     assert grouped[1:] == [(FORWARD, 3), (BACKWARD, 3)]
 
 
-def test_layers_of_different_forced_backends_run_alone(grouped: Calls) -> None:
+def test_a_layer_patched_again_by_itself_runs_alone(grouped: Calls) -> None:
     block = attention()
     patch(block.k_proj, kernels="reference")
     x = torch.randn(5, 64)
