@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -473,12 +473,26 @@ def test_every_tensor_that_a_kernel_gets_is_declared(tokens: int, shape: tuple[i
     with recorded_calls() as launches:
         _, h = registry.run("lora_linear", x, q, adapters, None)
         registry.run("lora_linear_backward", grad, x, q, adapters, h, True, [True, True])
+    check_declared(launches, {memory_of(x), memory_of(grad)})
+
+
+def test_every_tensor_that_the_layer_s_kernels_get_is_declared() -> None:
+    """The same for the groups that share an input and for the gate that its layer makes again."""
+    layer = our_layer(LLAMA_3_8B, BFLOAT16)
+    with recorded_calls() as launches:
+        count_step(layer, LLAMA_3_8B)
+    assert {"project_kernel", "push_kernel", "silu_mul_backward_kernel"} <= {recorded.kernel for recorded in launches}
+    check_declared(launches, set())
+
+
+def check_declared(launches: Sequence[launch.Launch], unread_without_base: set[tuple[Any, ...]]) -> None:
+    """Products without a base weight are handed the activations as well, and do not look at them."""
     assert launches
     for recorded in launches:
         assert recorded.call is not None
-        placeholders = {memory_of(x), memory_of(grad)} if recorded.call.constants.get("BASE") is False else set()
+        unread = unread_without_base if recorded.call.constants.get("BASE") is False else set()
         handed = {memory_of(tensor): tensor.nbytes for tensor in tensors_in(recorded.call.arguments)}
-        sizes = [size for memory, size in handed.items() if memory not in placeholders and memory[2] not in CODEBOOKS]
+        sizes = [size for memory, size in handed.items() if memory not in unread and memory[2] not in CODEBOOKS]
         assert recorded.bytes_read + recorded.bytes_written >= sum(sizes) > 0, recorded.kernel
 
 
