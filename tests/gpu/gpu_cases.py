@@ -115,8 +115,13 @@ def _named(grad_x: Tensor | None, *gradients: Sequence[Sequence[Tensor | None]])
 
 
 def make_group(tokens: int, in_features: int, outs: Sequence[int], ranks: list[int], **options: Any) -> Group:
-    """Layers of ``outs`` outputs, each with adapters of ``ranks``."""
-    layers = [gpu_problem(tokens, in_features, out, ranks, seed=seed, **options) for seed, out in enumerate(outs)]
+    """Layers of ``outs`` outputs, each with adapters of ``ranks``; no two have a scaling or a dropout in common."""
+    layers = []
+    for number, out in enumerate(outs):
+        layer = gpu_problem(tokens, in_features, out, ranks, seed=number, **options)
+        layer.scaling = [scaling * (1 + number) for scaling in layer.scaling]
+        layer.dropout_p = [p / (1 + number) for p in layer.dropout_p]
+        layers.append(layer)
     return Group(layers, torch.tensor(7 << 40 | 123))
 
 

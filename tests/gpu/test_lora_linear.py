@@ -231,8 +231,8 @@ def test_group_of_every_format(weight: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("ranks", [[], [8, 3], [80]], ids=str)
-def test_group_with_other_numbers_of_adapters(ranks: list[int], path: Path) -> None:
+@pytest.mark.parametrize("ranks", [[], [8], [8, 3], [80]], ids=str)
+def test_group_with_dropout(ranks: list[int], path: Path) -> None:
     check(make_group(20, 128, [70, 33, 40], ranks, dtype=torch.bfloat16, dropout_p=0.25), path)
 
 
