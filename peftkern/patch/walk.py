@@ -37,6 +37,10 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
     `adapter_names`, hooks on inner layers) runs the code that it ran before, and is named in the report or, when it
     depends on the call, logged and counted in the next report.
 
+    Where a backend has a form for it, layers that a block calls with one and the same tensor (queries, keys and values;
+    the two halves of a gated block) are computed as one group, and the report says so. A block that does not ask for
+    all of them is found out at its second call, and its layers then run one by one.
+
     Two differences to the code replaced: one rounding to the dtype of x instead of several, sums being in float32; and
     over bitsandbytes' int8, the exact product with the dequantized weight, where bitsandbytes rounds activations.
 
