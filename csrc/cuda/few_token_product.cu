@@ -42,11 +42,13 @@ __device__ __forceinline__ void sum_over_lanes(float* values, int lane) {
 template <int kCount>
 __device__ __forceinline__ float sum_over_block(float* values, int thread) {
   PEFTKERN_SHARED(float, sums, [kWarps][kCount]);
-  constexpr int kPerLane = kCount > kWarp ? kCount / kWarp : 1;
+  constexpr int kPerLane = kCount > kWarp ? kCount / kWarp : 1, kLanesPerSum = kCount > kWarp ? 1 : kWarp / kCount;
   const int lane = thread % kWarp;
   sum_over_lanes<kCount>(values, lane);
+  if (lane % kLanesPerSum == 0) {
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) sums[thread / kWarp][lane * kCount / kWarp + i] = values[i];
+    for (int i = 0; i < kPerLane; ++i) sums[thread / kWarp][lane / kLanesPerSum * kPerLane + i] = values[i];
+  }
   __syncthreads();
   float sum = 0.0f;
   if (thread < kCount)

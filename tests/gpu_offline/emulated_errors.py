@@ -33,9 +33,7 @@ def use_emulator() -> None:
     """Let the backend run the emulated module on CPU tensors, to the end of this process."""
     if cuda_emulation.MISSING is not None:
         raise SystemExit(cuda_emulation.MISSING)
-    module = cuda_emulation.module()
-    cuda._load = lambda: (module, None)
-    cuda._place = lambda _tensor: (0, 0)
+    cuda_emulation.use(cuda_emulation.module_file())
 
 
 def product_errors(dtype: torch.dtype) -> Iterator[float]:

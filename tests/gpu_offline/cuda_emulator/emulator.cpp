@@ -37,21 +37,52 @@ asm(".text\n"
 namespace emulator {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
 constexpr int kSavedRegisters = 6;
 constexpr unsigned kWarp = 32;
 
 // ---- what the sanitizers must be told
 
 #ifdef EMULATOR_THREAD_SANITIZER
-constexpr bool kReuseStacks = false;  // a fiber must not look ordered after the one whose stack it has
+constexpr bool kReuseStacks = false;      // a fiber must not look ordered after the one whose stack it has
+constexpr size_t kStackBytes = 32 << 10;  // fresh ones cost time
 void release(void* tag) { __tsan_release(tag); }
 void acquire(void* tag) { __tsan_acquire(tag); }
 #else
 constexpr bool kReuseStacks = true;
+constexpr size_t kStackBytes = 256 << 10;
 void release(void*) {}
 void acquire(void*) {}
 #endif
+
+#ifdef EMULATOR_THREAD_SANITIZER
+// What ThreadSanitizer takes for threads. A launch begins with those that the last one began with, and takes as many as
+// it can before it takes one again: two blocks that share them look as if one came after the other.
+class Contexts {
+ public:
+  void* take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (next_ == kMost) next_ = 0;
+    if (next_ == made_.size()) made_.push_back(__tsan_create_fiber(0));
+    return made_[next_++];
+  }
+
+  void begin_launch() { next_ = 0; }
+
+ private:
+  static constexpr size_t kMost = 1280;  // each takes 0.8 MB; more than two blocks of 512 threads
+  std::mutex mutex_;
+  std::vector<void*> made_;
+  size_t next_ = 0;
+};
+
+Contexts& contexts() {
+  static Contexts all;
+  return all;
+}
+#endif
+
+// Memory that threads may still have been working on when their launch was given up: to free it would look like a race.
+void abandon(std::unique_ptr<char[]>& memory) { static_cast<void>(memory.release()); }
 
 enum class State { ready, at_barrier, in_shuffle, done };
 
@@ -183,25 +214,25 @@ std::string Block::run(Index index, Index grid_size, uint64_t seed) {
     resume(fibers_[*number]);
     if (!failure_.empty()) break;
   }
-  if (!failure_.empty()) acquire(&ended_);  // the text is the failed thread's
-  const std::string found = failure_.empty() ? complaint() : failure_;
+  if (failure_.empty()) failure_ = complaint();
   clean_up();
-  return found;
+  return failure_;
 }
 
 // In a context of its own: were this thread ordered after the block, so would be the next block that it runs.
 void Block::clean_up() {
 #ifdef EMULATOR_THREAD_SANITIZER
   void* const worker = __tsan_get_current_fiber();
-  void* const cleaner = __tsan_create_fiber(0);
+  void* const cleaner = contexts().take();
   __tsan_switch_to_fiber(cleaner, __tsan_switch_to_fiber_no_sync);
 #endif
   acquire(&ended_);
   for (Fiber& fiber : fibers_) finish(fiber);
+  for (auto& [key, memory] : shared_)
+    if (!failure_.empty()) abandon(memory);
   shared_.clear();
 #ifdef EMULATOR_THREAD_SANITIZER
   __tsan_switch_to_fiber(worker, __tsan_switch_to_fiber_no_sync);
-  __tsan_destroy_fiber(cleaner);
 #endif
 }
 
@@ -254,16 +285,14 @@ void Block::start(Fiber& fiber) {
   fiber.state = State::ready;
   ready_.insert(fiber.number);
 #ifdef EMULATOR_THREAD_SANITIZER
-  fiber.context = __tsan_create_fiber(0);
+  fiber.context = contexts().take();
 #endif
 }
 
 void Block::finish(Fiber& fiber) {
   ready_.erase(fiber.number);
+  if (!failure_.empty()) abandon(fiber.stack);
   if (!kReuseStacks) fiber.stack.reset();
-#ifdef EMULATOR_THREAD_SANITIZER
-  __tsan_destroy_fiber(fiber.context);
-#endif
 }
 
 // Whose accesses ThreadSanitizer sees from now on.
@@ -295,7 +324,6 @@ void Block::resume(Fiber& fiber) {
 
 void Block::leave() {
   Fiber& fiber = *current_;
-  release(&ended_);  // of all that ever stop here, some never go on
   be_scheduler();
 #ifdef EMULATOR_ADDRESS_SANITIZER
   void* fake_stack = nullptr;
@@ -314,6 +342,7 @@ void Block::enter() {
 #endif
   acquire(&started_);
   kernel_(arguments_);
+  release(&ended_);
   current_->state = State::done;
   ready_.erase(current_->number);
   ++done_;
@@ -323,6 +352,7 @@ void Block::enter() {
 
 // The fiber is left where it is, and the launch given up.
 void Block::fail(const std::string& what, Place place) {
+  release(&ended_);
   failure_ = what + " at " + text(place) + "; block " + text(current_->thread.block) + ", thread " +
              text(current_->thread.thread);
   leave();
@@ -426,6 +456,9 @@ class Launch {
   }
 
   void run() {
+#ifdef EMULATOR_THREAD_SANITIZER
+    contexts().begin_launch();
+#endif
     std::vector<std::thread> workers;
     for (int i = 1; i < options().workers; ++i) workers.emplace_back([this] { work(); });
     work();
