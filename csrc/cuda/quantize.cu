@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kValuesPerBlock = kThreads * kOctet;
-constexpr int kMaxGrid = 0x7FFFFFFF;
+constexpr int64_t kMaxGridX = 0x7FFFFFFF;
 
 // Magnitudes order as their bits do, and NaN above infinity, so neither can hide.
 __device__ __forceinline__ uint32_t largest_bits(const float* values) {
@@ -153,34 +153,33 @@ template <DType kDType>
 __global__ __launch_bounds__(kRowThreads) void quantize_rows(Quantization q, bool aligned) {
   PEFTKERN_SHARED(uint32_t, warp_largest, [kRowWarps]);
   const int thread = static_cast<int>(threadIdx.x);
-  const int64_t rows = q.elements / q.block_size;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const int64_t begin = row * q.block_size + thread * kOctet, end = (row + 1) * q.block_size;
-    float values[kOctet];
-    uint32_t largest = 0;
-    for (int64_t first = begin; first < end; first += kRowThreads * kOctet) {
-      load_values<kDType>(q.values, aligned, first, end, values);
-      largest = max(largest, largest_bits(values));
-    }
-    largest = largest_of_lanes(largest, kWarp);
-    if (thread % kWarp == 0) warp_largest[thread / kWarp] = largest;
-    __syncthreads();
-    for (int i = 0; i < kRowWarps; ++i) largest = max(largest, warp_largest[i]);
-    __syncthreads();  // the next row writes them again
+  const int64_t row = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int64_t begin = row * q.block_size + thread * kOctet, end = (row + 1) * q.block_size;
+  if (end > q.elements) return;  // with the whole block
 
-    const float absmax = __uint_as_float(largest);
-    if (thread == 0) q.scales[row] = absmax;
-    const float inverse = __fmul_rn(__frcp_rn(absmax), 127.0f);
-    const float infinity = __uint_as_float(0x7F800000u);
-    const bool usable = inverse < infinity && absmax < infinity;  // neither overflow nor NaN
-    for (int64_t first = begin; first < end; first += kRowThreads * kOctet) {
-      load_values<kDType>(q.values, aligned, first, end, values);
-      uint32_t codes[kOctet];
+  float values[kOctet];
+  uint32_t largest = 0;
+  for (int64_t first = begin; first < end; first += kRowThreads * kOctet) {
+    load_values<kDType>(q.values, aligned, first, end, values);
+    largest = max(largest, largest_bits(values));
+  }
+  largest = largest_of_lanes(largest, kWarp);
+  if (thread % kWarp == 0) warp_largest[thread / kWarp] = largest;
+  __syncthreads();
+  for (int i = 0; i < kRowWarps; ++i) largest = max(largest, warp_largest[i]);
+
+  const float absmax = __uint_as_float(largest);
+  if (thread == 0) q.scales[row] = absmax;
+  const float inverse = __fmul_rn(__frcp_rn(absmax), 127.0f);
+  const float infinity = __uint_as_float(0x7F800000u);
+  const bool usable = inverse < infinity && absmax < infinity;  // neither overflow nor NaN
+  for (int64_t first = begin; first < end; first += kRowThreads * kOctet) {
+    load_values<kDType>(q.values, aligned, first, end, values);
+    uint32_t codes[kOctet];
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i)
-        codes[i] = usable ? static_cast<uint32_t>(__float2int_rn(__fmul_rn(values[i], inverse))) & 0xFFu : 0u;
-      store_bytes(q.packed, aligned, first, end, codes);
-    }
+    for (int i = 0; i < kOctet; ++i)
+      codes[i] = usable ? static_cast<uint32_t>(__float2int_rn(__fmul_rn(values[i], inverse))) & 0xFFu : 0u;
+    store_bytes(q.packed, aligned, first, end, codes);
   }
 }
 
@@ -188,8 +187,8 @@ template <DType kDType>
 cudaError_t quantize_values(const Quantization& q, cudaStream_t stream) {
   const bool aligned = aligned_to_16(q.values);
   if (q.encoding == Encoding::int8) {
-    const int64_t rows = q.elements / q.block_size;
-    const dim3 grid(static_cast<unsigned>(rows < kMaxGrid ? rows : kMaxGrid));
+    const int64_t rows = q.elements / q.block_size, wide = rows < kMaxGridX ? rows : kMaxGridX;
+    const dim3 grid(static_cast<unsigned>(wide), static_cast<unsigned>(ceiling_divide(rows, wide)));
     return launch(quantize_rows<kDType>, grid, kRowThreads, stream, q, aligned && q.block_size % kOctet == 0);
   }
   const dim3 grid(static_cast<unsigned>(ceiling_divide(q.elements, kValuesPerBlock)));
