@@ -74,8 +74,9 @@ def test_only_what_needs_an_architecture_of_its_own_is_repeated_for_it() -> None
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tile_is_compiled(architecture: int) -> None:
     compiled = [(one.num_warps, one.num_stages, set(one.named_constants.values())) for one, _ in work_for(architecture)]
-    for kernel, dtype in itertools.product(configurations._TILES, (torch.bfloat16, torch.float32)):
-        tile = configurations.tile_for(kernel, architecture, dtype, 1 << 16)
+    dtypes, tight = (torch.bfloat16, torch.float32), (False, True)
+    for kernel, dtype, pressed in itertools.product(configurations._TILES, dtypes, tight):
+        tile = configurations.tile_for(kernel, architecture, dtype, 1 << 16, pressed)
         sizes = {tile.tokens, tile.columns, tile.inner} - {0}
         assert any(
             sizes <= constants and (warps, stages) == (tile.num_warps, tile.num_stages)

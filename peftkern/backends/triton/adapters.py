@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from peftkern.backends.triton.dropout import Mask, mask_arguments
+from peftkern.backends.triton.dropout import NO_MASK, Mask, mask_arguments
 from peftkern.ops.lora_linear import Adapters
 
 SMALLEST_RANK = 16
@@ -65,7 +65,7 @@ class Slots:
     @property
     def dropout(self) -> bool:
         """Whether some slot drops elements."""
-        return any(mask.threshold != 0 for mask in self.masks)
+        return any(mask.threshold != NO_MASK.threshold for mask in self.masks)
 
     def only(self, numbers: Sequence[int]) -> Slots:
         """Some of the slots."""

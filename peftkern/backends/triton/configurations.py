@@ -45,22 +45,29 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     "fused": {
         (_LARGE, 16): Tile(128, 128, 64, 8, 3),
         (_SMALL, 16): Tile(128, 128, 64, 8, 2),
-        (_LARGE, 32): Tile(64, 64, 32, 8, 2),
-        (_SMALL, 32): Tile(64, 64, 32, 8, 2),
+        (_LARGE, 32): Tile(64, 64, 16, 8, 2),
+        (_SMALL, 32): Tile(64, 64, 16, 8, 2),
     },
     # W dense: registers hold nothing but the result, so the tile can be larger
     "dense": {
         (_LARGE, 16): Tile(128, 256, 64, 8, 3),
         (_SMALL, 16): Tile(128, 128, 32, 8, 4),
-        (_LARGE, 32): Tile(64, 64, 32, 8, 2),
-        (_SMALL, 32): Tile(64, 64, 32, 8, 2),
+        (_LARGE, 32): Tile(64, 64, 16, 8, 3),
+        (_SMALL, 32): Tile(64, 64, 16, 8, 3),
+    },
+    # the adapter's part alone: bound by writing the result
+    "low rank": {
+        (_LARGE, 16): Tile(64, 128, 32, 8, 2),
+        (_SMALL, 16): Tile(64, 128, 32, 8, 2),
+        (_LARGE, 32): Tile(64, 64, 16, 8, 2),
+        (_SMALL, 32): Tile(64, 64, 16, 8, 2),
     },
     # one tile of tokens; columns few, so that many programs share the reading of W
     "few": {
         (_LARGE, 16): Tile(FEW_TOKENS, 32, 128, 4, 3),
         (_SMALL, 16): Tile(FEW_TOKENS, 32, 128, 4, 2),
-        (_LARGE, 32): Tile(FEW_TOKENS, 32, 64, 4, 2),
-        (_SMALL, 32): Tile(FEW_TOKENS, 32, 64, 4, 2),
+        (_LARGE, 32): Tile(FEW_TOKENS, 32, 32, 8, 2),
+        (_SMALL, 32): Tile(FEW_TOKENS, 32, 32, 8, 2),
     },
     # x Aᵀ: bound by reading x, so few tokens a program, many programs
     "project": {
@@ -85,25 +92,34 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     },
 }
 
+_TIGHT_TILES: dict[str, dict[int, Tile]] = {
+    "fused": {16: Tile(64, 64, 64, 8, 2), 32: Tile(64, 64, 16, 8, 2)},
+    "dense": {16: Tile(128, 128, 32, 8, 2), 32: Tile(64, 32, 16, 8, 2)},
+    "low rank": {16: Tile(64, 64, 32, 8, 2), 32: Tile(64, 64, 16, 8, 2)},
+    "few": {16: Tile(FEW_TOKENS, 32, 64, 4, 2), 32: Tile(FEW_TOKENS, 32, 16, 8, 2)},
+    "project": {16: Tile(16, 0, 64, 4, 2), 32: Tile(16, 0, 32, 4, 3)},
+    "pull": {16: Tile(64, 0, 32, 8, 2), 32: Tile(64, 0, 32, 8, 2)},
+    "push": {16: Tile(64, 64, 0, 8, 2), 32: Tile(32, 64, 0, 8, 2)},
+}
+"""For calls that need more registers beside the product: masks of odd sizes, dropout, several adapters, large ranks."""
 
-def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, rank: int = 0) -> Tile:
+
+def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, tight: bool = False) -> Tile:
     """The row for a call.
 
     Args:
-        kernel: ``"fused"``, ``"dense"``, ``"few"``, ``"project"``, ``"pull"`` or ``"push"``.
+        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"project"``, ``"pull"`` or ``"push"``.
         architecture: compute capability, for example 90; one that is not in the table takes the next lower one's row.
         dtype: of the activations.
         tokens: of the call. A tile holds no more than the next power of two.
-        rank: padded rank of the adapters that share a program; large ones take fewer tokens or columns.
+        tight: whether the call needs registers beside those of the product.
 
     Raises:
         ValueError: the architecture is older than sm_80.
     """
-    family = _FAMILY[_known(architecture)]
-    tile = _TILES[kernel][family, 8 * dtype.itemsize]
-    small = min(tile.tokens, max(16, _next_power_of_two(tokens)))
-    tile = replace(tile, tokens=small)
-    return _narrowed(tile, rank) if rank > 64 else tile
+    family, bits = _FAMILY[_known(architecture)], 8 * dtype.itemsize
+    tile = _TIGHT_TILES[kernel][bits] if tight else _TILES[kernel][family, bits]
+    return replace(tile, tokens=min(tile.tokens, max(16, _next_power_of_two(tokens))))
 
 
 def _known(architecture: int) -> int:
@@ -111,12 +127,6 @@ def _known(architecture: int) -> int:
     if not known:
         raise ValueError(f"tile_for: architecture must be at least {ARCHITECTURES[0]}, got {architecture}")
     return known[-1]
-
-
-def _narrowed(tile: Tile, rank: int) -> Tile:
-    """Results as wide as a large rank fill the registers: fewer rows of them."""
-    del rank
-    return replace(tile, tokens=min(tile.tokens, 64), columns=min(tile.columns, 64), num_stages=2)
 
 
 def _next_power_of_two(number: int) -> int:

@@ -15,7 +15,7 @@ _GOLDEN: tl.constexpr = tl.constexpr(_GOLDEN_NUMBER)
 
 
 class Mask(NamedTuple):
-    """One adapter's mask as kernel arguments; 32-bit patterns as signed numbers."""
+    """One adapter's mask as kernel arguments; 32-bit patterns as `_unremarkable` numbers."""
 
     seed_low: int
     stream: int
@@ -23,7 +23,15 @@ class Mask(NamedTuple):
     keep_scale: float
 
 
-NO_MASK = Mask(0, 0, 0, 1.0)
+def _unremarkable(pattern: int) -> int:
+    """A number that holds a 32-bit pattern and is neither 1 nor a multiple of 16, nor ever of another width.
+
+    Triton compiles a kernel anew for those. A seed must not decide what is compiled.
+    """
+    return 1 << 40 | pattern << 2 | 2
+
+
+NO_MASK = Mask(*map(_unremarkable, (0, 0, 0)), 1.0)
 
 
 def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
@@ -34,7 +42,7 @@ def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
     stream = _mix_number(((number >> 32) + adapter * _GOLDEN_NUMBER) & 0xFFFFFFFF)
     # p = 1 has threshold 2^32, which is no 32-bit number; its scale of 0 drops what the greatest one lets through.
     bound = min(threshold(p), 0xFFFFFFFF)
-    return Mask(_signed(number & 0xFFFFFFFF), _signed(stream), _signed(bound), keep_scale(p))
+    return Mask(*map(_unremarkable, (number & 0xFFFFFFFF, stream, bound)), keep_scale(p))
 
 
 def _mix_number(value: int) -> int:
@@ -43,10 +51,6 @@ def _mix_number(value: int) -> int:
     value ^= value >> 15
     value = (value * 0x846CA68B) & 0xFFFFFFFF
     return value ^ (value >> 16)
-
-
-def _signed(pattern: int) -> int:
-    return pattern - (1 << 32) if pattern >= 1 << 31 else pattern
 
 
 @triton.jit
@@ -61,9 +65,9 @@ def _mix(value):
 @triton.jit
 def keep_factor(mask, rows, columns):
     """[rows, columns] float32: ``keep_scale`` where the element is kept, 0 where it is dropped."""
-    seed_low = tl.to_tensor(mask[0]).to(tl.uint32, bitcast=True)
-    stream = tl.to_tensor(mask[1]).to(tl.uint32, bitcast=True)
-    threshold = tl.to_tensor(mask[2]).to(tl.uint32, bitcast=True)
+    seed_low = (mask[0] >> 2).to(tl.uint32)
+    stream = (mask[1] >> 2).to(tl.uint32)
+    threshold = (mask[2] >> 2).to(tl.uint32)
     key = _mix(rows.to(tl.uint32) ^ seed_low) + stream
     value = _mix(key[:, None] + columns.to(tl.uint32)[None, :] * _GOLDEN)
     return tl.where(value >= threshold, mask[3], 0.0)

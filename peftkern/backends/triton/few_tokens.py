@@ -17,6 +17,7 @@ from torch import Tensor
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
 from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
+from peftkern.backends.triton.dropout import NO_MASK
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.project import add_projection
@@ -193,7 +194,7 @@ def few_tokens(
         weight.pointers,
         slots.lora_A or (x,),
         slots.lora_B or (x,),
-        slots.masks or ((0, 0, 0, 1.0),),
+        slots.masks or (NO_MASK,),
         tuple(bias or (x,)),
         tuple(y_parts),
         h_parts,

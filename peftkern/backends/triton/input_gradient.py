@@ -16,7 +16,7 @@ from torch import Tensor
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
 from peftkern.backends.triton.decode import load_tables, load_tile
-from peftkern.backends.triton.dropout import keep_factor
+from peftkern.backends.triton.dropout import NO_MASK, keep_factor
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.paths import FEW_TOKENS
 from peftkern.backends.triton.product import swizzle
@@ -144,6 +144,10 @@ def input_gradient_kernel(
                     NESTED_BLOCK_SIZE,
                     WHOLE_BLOCKS,
                 )
+                if right.dtype == tl.float32:
+                    # Always true, unknown to the compiler: Triton 3.6 fails on sm_90 and 100 where a float32 operand of
+                    # a product ends in the reshape of decoded pairs.
+                    right = tl.where((outputs >= 0)[:, None], right, 0.0)
                 total = tl.dot(left, right, total, input_precision=PRECISION)
     exists = (inputs < in_features)[None, :]
     if part == 0:
@@ -207,7 +211,7 @@ def input_gradient(
         pointers,
         g,
         slots.lora_A or (g,),
-        slots.masks or ((0, 0, 0, 1.0),),
+        slots.masks or (NO_MASK,),
         result,
         tokens,
         in_features,

@@ -118,7 +118,7 @@ def _forward(x: Tensor, members: Sequence[Member], y: Sequence[Tensor], h: Tenso
 
 def _project(call: _Call, x: Tensor, slots: Slots, members: int, h: Tensor) -> None:
     for some in _skinny_launches(slots, members):
-        project(x, some, h, call.tile("project", some.padded_rank), call.precision)
+        project(x, some, h, call.tile("project", tight=len(some) > 2), call.precision)
 
 
 def _vendor_forward(
@@ -133,7 +133,7 @@ def _vendor_forward(
     """The adapters' part goes first, so that the sum with the larger part is rounded once, by the vendor's product."""
     matrices = _dense(weights, x)
     if len(slots) or bias is not None:
-        product(x, None, h, slots, bias, y, call.tile("dense"), call.precision)
+        product(x, None, h, slots, bias, y, call.tile("low rank"), call.precision)
     for matrix, result in zip(matrices, y, strict=True):
         if len(slots) or bias is not None:
             torch.addmm(result, x, matrix.t(), out=result)
@@ -215,7 +215,7 @@ def _pull(
     sums = _Sums([], [])
     g_parts = None if g is None else sums.parts_of(g, gradient_parts(max(grad.shape[1] for grad in grads)))
     for index, some in enumerate(_adapter_launches(slots, len(grads))):
-        tile = call.tile("pull", some.padded_rank)
+        tile = call.tile("pull")
         token_tiles = -(-call.tokens // tile.tokens)
         totals = gradients.new_b(index, range(first, first + len(grads))) if need_B else []
         B_parts = [sums.parts_of(total, token_tiles) for total in totals]
@@ -254,7 +254,7 @@ def _push(
 ) -> None:
     for index, some in enumerate(_adapter_launches(slots, members)):
         grad_A = gradients.new_a(index, range(first, first + members))
-        tile = call.tile("push", some.padded_rank)
+        tile = call.tile("push")
         for chosen in _one_launch_or_each(some):
             push(x, up, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 
@@ -269,7 +269,7 @@ def _input_gradient(call: _Call, grads: Sequence[Tensor], members: Sequence[Memb
         return grad_x
     matrices = _dense(weights, grads[0])
     if len(slots):
-        input_gradient(grads, None, g, slots, grad_x, call.tile("dense"), call.precision)
+        input_gradient(grads, None, g, slots, grad_x, call.tile("low rank"), call.precision)
     for number, (grad, matrix) in enumerate(zip(grads, matrices, strict=True)):
         if len(slots) or number:
             torch.addmm(grad_x, grad, matrix, out=grad_x)
@@ -283,13 +283,14 @@ def _input_gradient(call: _Call, grads: Sequence[Tensor], members: Sequence[Memb
 
 @dataclass(frozen=True)
 class _Call:
-    """What decides paths and tiles."""
+    """What decides paths and tiles. ``tight``: registers go to more than the product (:mod:`.configurations`)."""
 
     tokens: int
     out_features: int
     in_features: int
     members: int
     quantized: bool
+    tight: bool
     like: Tensor
 
     @staticmethod
@@ -297,7 +298,8 @@ class _Call:
         weights = [member.weight for member in members]
         quantized = weight_kind(weights[0]).format != DENSE or weights[0].dtype != activations.dtype
         outputs = sum(weight.shape[0] for weight in weights)
-        return _Call(activations.shape[0], outputs, weights[0].shape[1], len(members), quantized, activations)
+        tight = any(_is_tight(member) for member in members)
+        return _Call(activations.shape[0], outputs, weights[0].shape[1], len(members), quantized, tight, activations)
 
     @property
     def architecture(self) -> int:
@@ -314,8 +316,16 @@ class _Call:
         shape = (self.tokens, self.out_features, self.in_features, self.members, self.quantized)
         return choose(direction, *shape, self.like.dtype, device_key(self.like)).path
 
-    def tile(self, kernel: str, rank: int = 0) -> Tile:
-        return tile_for(kernel, self.architecture, self.like.dtype, self.tokens, rank)
+    def tile(self, kernel: str, tight: bool = False) -> Tile:
+        return tile_for(kernel, self.architecture, self.like.dtype, self.tokens, self.tight or tight)
+
+
+def _is_tight(member: Member) -> bool:
+    adapters = member.adapters
+    large = any(lora_A.shape[0] > LARGEST_SHARED_RANK for lora_A in adapters.lora_A)
+    # rows that begin anywhere are read element by element
+    unaligned = any(size % 16 != 0 for size in member.weight.shape)
+    return large or unaligned or len(adapters) > 1 or any(adapters.dropout_p)
 
 
 def _operand(call: _Call, path: Path, weights: Sequence[Weight]) -> tuple[WeightArguments, Tile]:

@@ -135,7 +135,19 @@ EVERY_TILE = (
     Case("nf4 fused float32", Path.FUSED, dtype=torch.float32),
     Case("nf4 staged float32", Path.STAGED, dtype=torch.float32),
     Case("nf4 few float32", Path.FEW, dtype=torch.float32, tokens=FEW_TOKENS),
+    Case("nf4 vendor float32", Path.VENDOR, dtype=torch.float32),
     Case("nf4 fused rank 128", Path.FUSED, rank=128),
+    *(
+        Case(
+            f"nf4 {path}{name}, dropout",
+            path,
+            dtype=dtype,
+            dropout=0.1,
+            tokens=FEW_TOKENS if path == Path.FEW else 2048,
+        )
+        for path in Path
+        for name, dtype in (("", torch.bfloat16), (" float32", torch.float32))
+    ),
 )
 """Every row of :mod:`configurations` and every kernel of a product, with plain weights."""
 
