@@ -31,7 +31,8 @@ def _unremarkable(pattern: int) -> int:
     return 1 << 40 | pattern << 2 | 2
 
 
-NO_MASK = Mask(*map(_unremarkable, (0, 0, 0)), 1.0)
+_NOTHING = _unremarkable(0)
+NO_MASK = Mask(_NOTHING, _NOTHING, _NOTHING, 1.0)
 
 
 def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
@@ -42,7 +43,7 @@ def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
     stream = _mix_number(((number >> 32) + adapter * _GOLDEN_NUMBER) & 0xFFFFFFFF)
     # p = 1 has threshold 2^32, which is no 32-bit number; its scale of 0 drops what the greatest one lets through.
     bound = min(threshold(p), 0xFFFFFFFF)
-    return Mask(*map(_unremarkable, (number & 0xFFFFFFFF, stream, bound)), keep_scale(p))
+    return Mask(_unremarkable(number & 0xFFFFFFFF), _unremarkable(stream), _unremarkable(bound), keep_scale(p))
 
 
 def _mix_number(value: int) -> int:
