@@ -11,7 +11,7 @@ seeds. A backend without a form of its own for a group runs the members one afte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -88,7 +88,7 @@ def run_as_one(x: Tensor, members: Sequence[Member], backend: str | None = None)
     x = in_autocast_dtype(x)
     if backend_for(x, members, backend) is None:
         return None
-    members = [replace(member, adapters=_with_seed(member.adapters)) for member in members]
+    members = [Member(member.weight, _with_seed(member.adapters), member.bias) for member in members]
     lora = (factor for member in members for factor in (*member.adapters.lora_A, *member.adapters.lora_B))
     return list(_apply(x, members, backend, *(member.bias for member in members), *lora))
 
@@ -120,7 +120,8 @@ def _alone(x: Tensor, member: Member, backend: str | None) -> Tensor:
 
 
 def _with_seed(adapters: Adapters) -> Adapters:
-    return replace(adapters, seed=dropout.draw_seed() if any(adapters.dropout_p) else None)
+    seed = dropout.draw_seed() if any(adapters.dropout_p) else None
+    return Adapters(adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p, seed)
 
 
 # ---- checks

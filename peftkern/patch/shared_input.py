@@ -97,6 +97,8 @@ class SharedInput:
         self._layers = tuple(weakref.ref(layer) for layer in layers)
         self._pending: _Pending | None = None
         self._wasted = False
+        # where groups of such layers have been run, and where not: asking takes a good part of a small layer's time
+        self._at_home: torch.device | None = None
         self._elsewhere: torch.device | None = None
         # A group must not be dissolved between a call and its recomputation by gradient checkpointing, which has to
         # save the same tensors and draw the same random numbers. So the calls that may still be recomputed are known:
@@ -161,18 +163,21 @@ class SharedInput:
         outputs = None if len(members) < 2 else run_as_one(x_, group_members([members[i] for i in positions]), backend)
         if outputs is None:
             return None
-        waiting = {i: (output, members[i], members[i].state()) for i, output in zip(positions, outputs, strict=True)}
-        own, *_ = waiting.pop(position)
+        by_position = dict(zip(positions, outputs, strict=True))
+        own = by_position.pop(position)
+        waiting = {i: (output, members[i], members[i].state()) for i, output in by_position.items()}
         graph = self._watch(outputs, layer.training)
         self._pending = _Pending(frozenset(members), x, _context(x), waiting, graph)
         return own
 
     def _has_form(self, x: Tensor, arguments: LayerArguments, backend: str | None) -> bool:
-        """Whether some backend could run a group of layers like this one."""
+        """Whether some backend may run a group of layers like this one."""
+        if x.device == self._at_home:
+            return True
         alone = group_members([arguments])
         if backend_for(x, alone, backend) is not None:
+            self._at_home = x.device
             return True
-        # remembered, because on a CPU asking again takes a good part of a small layer's time
         self._elsewhere = x.device if is_elsewhere(x, alone) else None
         return False
 
