@@ -79,7 +79,8 @@ def quantize_4bit_kernel(
     remaining = element_count - first_element
     blocks, absmax = load_blocks(values + first_element, remaining, ELEMENTS, BLOCK_SIZE, MASKED)
 
-    divisor = tl.maximum(absmax, _SMALLEST_DIVISOR, propagate_nan=tl.PropagateNan.ALL)
+    least = tl.full(absmax.shape, _SMALLEST_DIVISOR, tl.float32)  # a constant this small is float64 to Triton 3.6
+    divisor = tl.maximum(absmax, least, propagate_nan=tl.PropagateNan.ALL)
     scaled = blocks * tl.div_rn(1.0, divisor)[:, None]
     block_ends = (tl.arange(0, ELEMENTS // BLOCK_SIZE) + 1) * BLOCK_SIZE
     if SHORT_BLOCK:  # noqa: SIM102 - Triton leaves out what a constant rules out
