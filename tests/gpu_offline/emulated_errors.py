@@ -29,13 +29,6 @@ SHAPES = ((1, 192, 130), (5, 64, 33), (16, 320, 64))
 """Tokens, inputs and outputs of a product."""
 
 
-def use_emulator() -> None:
-    """Let the backend run the emulated module on CPU tensors, to the end of this process."""
-    if cuda_emulation.MISSING is not None:
-        raise SystemExit(cuda_emulation.MISSING)
-    cuda_emulation.use(cuda_emulation.module_file())
-
-
 def product_errors(dtype: torch.dtype) -> Iterator[float]:
     for format in ("nf4", "fp4"):
         for double_quant in (False, True):
@@ -56,7 +49,9 @@ def dequantize_errors(dtype: torch.dtype) -> Iterator[float]:
 
 
 def main() -> None:
-    use_emulator()
+    if cuda_emulation.MISSING is not None:
+        raise SystemExit(cuda_emulation.MISSING)
+    cuda_emulation.use(cuda_emulation.module_file())
     errors = {
         str(dtype).removeprefix("torch."): [*product_errors(dtype), *dequantize_errors(dtype)] for dtype in TOLERANCE
     }
