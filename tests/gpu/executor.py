@@ -54,8 +54,9 @@ class CudaIsCpu(TorchFunctionMode):
 
 
 def _not_cuda(value: Any) -> Any:
-    is_cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
-    return torch.device("cpu") if is_cuda else value
+    if not isinstance(value, str | torch.device) or not str(value).startswith("cuda"):
+        return value
+    return "cpu" if isinstance(value, str) else torch.device("cpu")
 
 
 def stand_in_for_cuda() -> None:
