@@ -7,6 +7,7 @@ import importlib.util
 import io
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes
 import peft
@@ -159,13 +160,20 @@ def test_kernels_are_what_the_modules_use(kernels: str, monkeypatch: pytest.Monk
             patch(model, kernels=kernels)
         return
     report = patch(model, kernels=kernels)
-    asked = []
-    real = fused_file.lora_linear
-    monkeypatch.setattr(
-        fused_file, "lora_linear", lambda *a, **options: (asked.append(options["backend"]), real(*a, **options))[1]
-    )
+    asked: list[tuple[str, str | None]] = []
+
+    def note(operation: str) -> Callable[..., Any]:
+        real = getattr(fused_file, operation)
+        return lambda *a, **options: (asked.append((operation, options["backend"])), real(*a, **options))[1]
+
+    for operation in ("lora_linear", "gated_lora_linear"):
+        monkeypatch.setattr(fused_file, operation, note(operation))
     model(**text())
-    assert asked == [None if kernels == "auto" else kernels] * 14
+    backend = None if kernels == "auto" else kernels
+    assert (
+        sorted(asked, key=lambda call: call[0])
+        == [("gated_lora_linear", backend)] * 2 + [("lora_linear", backend)] * 12
+    )
     if kernels != "auto":
         assert {row.kernel for row in report.fused} == {f"lora_linear on {kernels}", f"silu_mul on {kernels}"}
 
