@@ -25,6 +25,10 @@ class NotMeant(str):
     """The objection of a backend that is not made for such calls: no reason to speak of a fallback."""
 
 
+class NotPreferred(NotMeant):
+    """The objection of a backend that can run the call, though another does it better: none where it is forced."""
+
+
 ELSEWHERE = NotMeant("the tensors are on another device")
 
 _MODULES = ("peftkern.backends.cpu", "peftkern.backends.cuda", "peftkern.backends.triton.register")
@@ -184,7 +188,7 @@ def _choose_forced(
     if forced not in entries:
         raise BackendError(f"{operation}: backend {forced!r} has no implementation; there are {sorted(entries)}")
     objection = entries[forced].supports(*args, **kwargs)
-    if objection is not None:
+    if objection is not None and not isinstance(objection, NotPreferred):
         raise BackendError(f"{operation}: backend {forced!r} was forced and cannot run this call: {objection}")
     return Choice(forced, "forced", entries[forced].function)
 
