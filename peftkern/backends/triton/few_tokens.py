@@ -230,9 +230,7 @@ def few_tokens(
         PRECISION=precision,
     )
     if parts > 1:
-        sum_parts(y_parts, y)
-        if len(slots):
-            sum_parts([h_parts], [h])
+        sum_parts([*y_parts, *([h_parts] if len(slots) else [])], [*y, *([h] if len(slots) else [])])
 
 
 def _parts_of(result: Tensor, parts: int) -> Tensor:
