@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import DEVICE, DTYPES, gpu_problem, launched
+from gpu_cases import DTYPES, gpu_problem, launched
 from lora_problem import TOLERANCE, Problem, relative_error
 from torch import Tensor
 
@@ -39,4 +39,4 @@ def test_bits_of_the_two_operations_and_float64(dtype: torch.dtype, dropout_p: f
 def test_no_further_launch() -> None:
     problem = gpu_problem(20, 64, 48, [8])
     assert sorted(launched(lambda: _run(problem, True))) == sorted(launched(lambda: _run(problem, False)))
-    assert problem.x.device.type == DEVICE
+    assert problem.x.is_cuda
