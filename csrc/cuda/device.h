@@ -42,7 +42,16 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
-__device__ __forceinline__ void store_16_bytes(void* address, uint4 words) { *static_cast<uint4*>(address) = words; }
+// nvcc may take an assignment apart and leave four stores.
+__device__ __forceinline__ void store_16_bytes(void* address, uint4 words) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(address) = words;
+#endif
+}
 
 // ---- 16-bit numbers, two in a word; the first in the low half
 
