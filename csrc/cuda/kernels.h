@@ -1,5 +1,6 @@
 // What the CUDA module computes. Each function launches on a stream of the current device and returns at once. It
-// allocates nothing and waits for nothing, so that a CUDA graph can capture it. All pointers are device memory.
+// allocates nothing and waits for nothing: a CUDA graph can capture it, best after a first call, in which the driver
+// loads the kernel. All pointers are device memory.
 #pragma once
 #include <cuda_runtime.h>
 

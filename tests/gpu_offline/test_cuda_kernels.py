@@ -265,11 +265,18 @@ def plain_results() -> str:
 
 
 @pytest.mark.parametrize(
-    ("mode", "order", "workers"),
-    [*((PLAIN, order, 2) for order in ORDERS), (ADDRESSES, "random", 1), (THREADS, "greedy", 2)],
+    ("mode", "order", "seed", "workers"),
+    [
+        *((PLAIN, order, 1, 2) for order in ORDERS),
+        *((PLAIN, "random", seed, 3) for seed in (2, 3, 4)),
+        (ADDRESSES, "random", 5, 1),
+        (THREADS, "greedy", 1, 2),
+    ],
 )
-def test_every_kernel_is_clean_and_gives_the_same(plain_results: str, mode: str, order: str, workers: int) -> None:
-    result = cuda_emulation.run(cuda_emulation.every_kernel(mode), order=order, seed=11, workers=workers)
+def test_every_kernel_is_clean_and_gives_the_same(
+    plain_results: str, mode: str, order: str, seed: int, workers: int
+) -> None:
+    result = cuda_emulation.run(cuda_emulation.every_kernel(mode), order=order, seed=seed, workers=workers)
     assert (result.stderr, result.returncode) == ("", 0)
     assert result.stdout == plain_results
 
