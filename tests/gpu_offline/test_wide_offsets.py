@@ -1,4 +1,4 @@
-"""Offsets into tensors past 2^31 elements: no kernel multiplies a stride or a size in 32 bits. Read off their first IR."""
+"""Offsets past 2^31 elements: no kernel multiplies a stride or a size in 32 bits. Read off the kernels' first IR."""
 
 from __future__ import annotations
 
