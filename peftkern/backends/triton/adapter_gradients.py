@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,7 @@ from peftkern.backends.triton.configurations import Tile, token_parts
 from peftkern.backends.triton.dropout import keep_factor
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import select
-from peftkern.backends.triton.reduce import sum_parts
+from peftkern.backends.triton.reduce import parts_of, sum_parts
 from peftkern.backends.triton.silu_mul import gated
 
 # ---- pull: g and dB
@@ -273,7 +272,7 @@ def push(
     parts = token_parts(tokens, strips)
     token_part = triton.cdiv(triton.cdiv(tokens, parts), tile.tokens) * tile.tokens
     parts = triton.cdiv(tokens, token_part)
-    results = [_parts_of(gradient, parts) for gradient in grad_A]
+    results = [parts_of(gradient, parts) for gradient in grad_A]
     launch(
         push_kernel,
         (strips, parts),
@@ -303,9 +302,3 @@ def push(
     )
     if parts > 1:
         sum_parts(results, grad_A)
-
-
-def _parts_of(gradient: Tensor, parts: int) -> Tensor:
-    if parts == 1:
-        return gradient
-    return torch.empty((parts, *gradient.shape), dtype=torch.float32, device=gradient.device)

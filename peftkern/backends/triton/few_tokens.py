@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,7 @@ from peftkern.backends.triton.dropout import NO_MASK
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.project import add_projection
-from peftkern.backends.triton.reduce import sum_parts
+from peftkern.backends.triton.reduce import parts_of, sum_parts
 from peftkern.backends.triton.weights import WeightArguments
 
 
@@ -185,8 +184,8 @@ def few_tokens(
     parts = inner_parts(out_tiles, triton.cdiv(in_features, tile.inner))
     part_columns = triton.cdiv(triton.cdiv(in_features, tile.inner), parts) * tile.inner
     parts = triton.cdiv(in_features, part_columns)
-    y_parts = [_parts_of(result, parts) for result in y]
-    h_parts = _parts_of(h, parts)
+    y_parts = [parts_of(result, parts) for result in y]
+    h_parts = parts_of(h, parts)
     launch(
         few_tokens_kernel,
         (out_tiles, parts),
@@ -231,10 +230,3 @@ def few_tokens(
     )
     if parts > 1:
         sum_parts([*y_parts, *([h_parts] if len(slots) else [])], [*y, *([h] if len(slots) else [])])
-
-
-def _parts_of(result: Tensor, parts: int) -> Tensor:
-    """Where ``result`` is written: itself, or float32 [parts, *shape] that is summed afterwards."""
-    if parts == 1:
-        return result
-    return torch.empty((parts, *result.shape), dtype=torch.float32, device=result.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,8 +19,8 @@ from peftkern.backends.triton.dropout import NO_MASK, keep_factor
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.paths import FEW_TOKENS
 from peftkern.backends.triton.product import swizzle
-from peftkern.backends.triton.reduce import sum_parts
-from peftkern.backends.triton.weights import WeightArguments
+from peftkern.backends.triton.reduce import parts_of, sum_parts
+from peftkern.backends.triton.weights import NO_WEIGHT, WeightArguments
 
 
 @triton.jit
@@ -196,14 +195,11 @@ def input_gradient(
     tokens, in_features = grad_x.shape
     out_features = tuple(grad.shape[1] for grad in grads)
     pointers = (grads[0],) * 6 if weight is None else weight.pointers
-    no_weight = {"FORMAT": 0, "BLOCK_SIZE": 0, "NESTED_BLOCK_SIZE": 0, "WHOLE_BLOCKS": True}
     tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(in_features, tile.columns)
     parts = 1
     if tokens <= FEW_TOKENS and weight is not None:
         parts = inner_parts(tiles, triton.cdiv(min(out_features), tile.inner))
-    result = grad_x
-    if parts > 1:
-        result = torch.empty((parts, tokens, in_features), dtype=torch.float32, device=grad_x.device)
+    result = parts_of(grad_x, parts)
     launch(
         input_gradient_kernel,
         (tiles, parts),
@@ -235,7 +231,7 @@ def input_gradient(
         RANK=slots.padded_rank if len(slots) else 0,
         DROPOUT=slots.dropout,
         BASE=weight is not None,
-        **(no_weight if weight is None else weight.kind.constants()),
+        **(NO_WEIGHT if weight is None else weight.kind).constants(),
         MASK_IN=in_features % tile.columns != 0,
         MASK_OUT=any(count % tile.inner != 0 for count in out_features),
         BLOCK_TOKENS=tile.tokens,

@@ -17,7 +17,7 @@ from peftkern.backends.triton.configurations import Tile
 from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
-from peftkern.backends.triton.weights import WeightArguments
+from peftkern.backends.triton.weights import NO_WEIGHT, WeightArguments
 
 
 @triton.jit
@@ -176,7 +176,6 @@ def product(
     out_features = tuple(part.shape[1] for part in y)
     # Without a base product or adapters some pointers are never read; a kernel takes no empty tuples.
     pointers = ((x,),) * 4 + (x, x) if weight is None else weight.pointers
-    no_weight = {"FORMAT": 0, "BLOCK_SIZE": 0, "NESTED_BLOCK_SIZE": 0, "WHOLE_BLOCKS": True}
     inner = (in_features if weight is not None else 0) + (sum(slots.ranks) // len(y) if len(slots) else 0)
     out_tiles = sum(triton.cdiv(count, tile.columns) for count in out_features)
     launch(
@@ -209,7 +208,7 @@ def product(
         RANK=slots.padded_rank if len(slots) else 0,
         HAS_BIAS=bias is not None,
         BASE=weight is not None,
-        **(no_weight if weight is None else weight.kind.constants()),
+        **(NO_WEIGHT if weight is None else weight.kind).constants(),
         MASK_IN=in_features % tile.inner != 0,
         BLOCK_TOKENS=tile.tokens,
         BLOCK_OUT=tile.columns,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,3 +53,10 @@ def sum_parts(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
         COUNT=len(sizes),
         BLOCK=_BLOCK,
     )
+
+
+def parts_of(result: Tensor, parts: int) -> Tensor:
+    """Where ``result`` is written: itself, or uninitialised float32 [parts, *shape] that is summed afterwards."""
+    if parts == 1:
+        return result
+    return torch.empty((parts, *result.shape), dtype=torch.float32, device=result.device)

@@ -48,6 +48,10 @@ class WeightKind:
         }
 
 
+NO_WEIGHT = WeightKind(DENSE, "", 0, 0, True, None)
+"""What a kernel is compiled for that leaves the base product out."""
+
+
 def weight_kind(weight: Weight) -> WeightKind:
     """The kind of one weight."""
     if isinstance(weight, Tensor):
