@@ -11,6 +11,7 @@ from peftkern.formats.quantized_tensor import (
     packed_shape,
     scales_shape,
 )
+from peftkern.formats.sparse_indices import SparseIndices
 
 __all__ = [
     "BLOCK_SIZES",
@@ -22,6 +23,7 @@ __all__ = [
     "VALUE_DTYPES",
     "DoubleQuantization",
     "QuantizedTensor",
+    "SparseIndices",
     "codebook",
     "packed_shape",
     "scales_shape",

@@ -1,0 +1,1 @@
+"""Optimizers whose updates can be masked and indexed."""

@@ -1,0 +1,1 @@
+"""What is trained: methods that choose among the tensors, rows or entries of a model."""

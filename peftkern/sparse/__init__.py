@@ -1,0 +1,1 @@
+"""Sparse deltas and masks: index sets, layers, files and the methods that train them."""
