@@ -19,8 +19,8 @@ _MOST_ENTRIES = 2**31 - 1
 class SparseIndices:
     """A set of entries of a matrix [out, in]. Make one with :meth:`from_flat` or :meth:`from_mask`.
 
-    Entry i, in row order, is at ``(row, columns[i])`` with ``row_offsets[row] <= i < row_offsets[row + 1]``. Values that
-    belong to the set are kept in this order. Entry k in column order is ``order[k]`` in row order.
+    In row order, entry i is at ``(row, columns[i])`` with ``row_offsets[row] <= i < row_offsets[row + 1]``.
+    Values that belong to the set are kept in this order. Entry k in column order is ``order[k]`` in row order.
 
     Attributes:
         shape: [out, in].
