@@ -1,5 +1,6 @@
-"""Quantized number formats: codebooks, blocks, packing, double quantization."""
+"""Number formats and index sets: codebooks, blocks, packing, double quantization; masks and sparse entries."""
 
+from peftkern.formats.bit_mask import BitMask, group_mask, largest_mask, random_group_mask, random_mask
 from peftkern.formats.codebooks import DYNAMIC_8BIT, FP4, NF4, codebook
 from peftkern.formats.quantized_tensor import (
     BLOCK_SIZES,
@@ -21,10 +22,15 @@ __all__ = [
     "FP4",
     "NF4",
     "VALUE_DTYPES",
+    "BitMask",
     "DoubleQuantization",
     "QuantizedTensor",
     "SparseIndices",
     "codebook",
+    "group_mask",
+    "largest_mask",
     "packed_shape",
+    "random_group_mask",
+    "random_mask",
     "scales_shape",
 ]
