@@ -16,6 +16,7 @@ from peftkern import ops
 from peftkern.backends import cpu, registry
 from peftkern.cli import gpu_facts
 from peftkern.finetune.versions import versions
+from peftkern.formats import random_mask
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
 
@@ -93,6 +94,10 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
             yield "lora_linear_backward", text, partial(_backward, format, dtype)
     yield "lora_linear", "dense weight, float32", partial(_forward, None, torch.float32)
     yield "lora_linear_backward", "dense weight, float32", partial(_backward, None, torch.float32)
+    for weight in ("nf4", None):
+        text = f"{weight or 'dense'} weight, float32"
+        yield "masked_linear", text, partial(_masked_forward, weight)
+        yield "masked_linear_backward", text, partial(_masked_backward, weight)
     for count, dtype in ((3, torch.float32), (2, torch.bfloat16)):
         text = f"{count} nf4 weights, {str(dtype).removeprefix('torch.')}"
         yield "lora_linear_group", text, partial(_group_forward, count, dtype)
@@ -130,6 +135,16 @@ def _forward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
 def _backward(format: str | None, dtype: torch.dtype) -> tuple[Any, ...]:
     x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
     return x, x, _weight(format), _adapters(), torch.zeros(_TOKENS, _RANK), True, [True, True]
+
+
+def _masked_forward(format: str | None) -> tuple[Any, ...]:
+    mask = random_mask((_FEATURES, _FEATURES), 0.5, seed=0)
+    return torch.zeros(_TOKENS, _FEATURES), _weight(format), mask, _adapters(), None
+
+
+def _masked_backward(format: str | None) -> tuple[Any, ...]:
+    x, weight, mask, adapters, _bias = _masked_forward(format)
+    return x, x, weight, mask, adapters, torch.zeros(_TOKENS, _RANK), True, format is None, [True, True]
 
 
 def _gated_backward(dtype: torch.dtype) -> tuple[Any, ...]:

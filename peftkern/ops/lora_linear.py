@@ -35,11 +35,12 @@ except ImportError:
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Weight = Tensor | QuantizedTensor
 
-_WEIGHT_SCHEMA = (
+WEIGHT_SCHEMA = (
     "Tensor packed, Tensor? scales, Tensor? scales_absmax, Tensor? scales_offset, "
     "str format, int block_size, int scales_block_size, SymInt out_features, SymInt in_features"
 )
-_ADAPTER_SCHEMA = "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, Tensor? seed"
+WEIGHT_ARGUMENTS = 9
+ADAPTER_SCHEMA = "Tensor[] lora_A, Tensor[] lora_B, float[] scaling, float[] dropout_p, Tensor? seed"
 _DENSE = "dense"
 
 
@@ -274,7 +275,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+def dense_weight(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a matrix [out, in] of ``dtype``."""
     if isinstance(weight, QuantizedTensor):
         return dequantize_reference(weight, dtype)
     return weight.to(dtype)
@@ -295,7 +297,7 @@ def lora_linear_reference(x: Tensor, weight: Weight, adapters: Adapters, bias: T
     """Forward in plain PyTorch, in float32 (float64 for a float64 x). x is [tokens, in]; returns y and h."""
     dtype = compute_dtype(x)
     x_ = x.to(dtype)
-    y = x_ @ _dense_weight(weight, dtype).t()
+    y = x_ @ dense_weight(weight, dtype).t()
     h = x_.new_zeros(x.shape[0], sum(a.shape[0] for a in adapters.lora_A))
     for index, columns in enumerate(adapters.splits()):
         h[:, columns] = adapters.scaling[index] * (_dropped(x_, adapters, index) @ adapters.lora_A[index].to(dtype).t())
@@ -325,7 +327,7 @@ def lora_linear_backward_reference(
     grad_ = grad.to(dtype)
     grad_A: list[Tensor | None] = [None] * count
     grad_B: list[Tensor | None] = [None] * count
-    grad_x = grad_ @ _dense_weight(weight, dtype) if need_x else None
+    grad_x = grad_ @ dense_weight(weight, dtype) if need_x else None
     for index, columns in enumerate(adapters.splits()):
         lora_A, lora_B = adapters.lora_A[index], adapters.lora_B[index]
         if need_lora[count + index]:
@@ -484,18 +486,17 @@ _apply = cast(Callable[..., Tensor], _LoraLinear.apply)
 
 # ---- operators
 
-_WEIGHT_ARGUMENTS = 9
 _ADAPTER_ARGUMENTS = 5
 
 
 @torch.library.custom_op(
     "peftkern::lora_linear",
     mutates_args=(),
-    schema=f"(Tensor x, {_WEIGHT_SCHEMA}, {_ADAPTER_SCHEMA}, Tensor? bias, str? backend) -> (Tensor, Tensor)",
+    schema=f"(Tensor x, {WEIGHT_SCHEMA}, {ADAPTER_SCHEMA}, Tensor? bias, str? backend) -> (Tensor, Tensor)",
 )
 def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    weight = unflatten_weight(x.dtype, arguments[:_WEIGHT_ARGUMENTS])
-    *adapter_arguments, bias, backend = arguments[_WEIGHT_ARGUMENTS:]
+    weight = unflatten_weight(x.dtype, arguments[:WEIGHT_ARGUMENTS])
+    *adapter_arguments, bias, backend = arguments[WEIGHT_ARGUMENTS:]
     adapters = Adapters(*adapter_arguments)
     check_call(x, weight, adapters, bias)
     return _run_forward(x, weight, adapters, bias, backend)
@@ -503,7 +504,7 @@ def _forward_operator(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @_forward_operator.register_fake
 def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    out_features, lora_A = arguments[_WEIGHT_ARGUMENTS - 2], arguments[_WEIGHT_ARGUMENTS]
+    out_features, lora_A = arguments[WEIGHT_ARGUMENTS - 2], arguments[WEIGHT_ARGUMENTS]
     ranks = sum(a.shape[0] for a in lora_A)
     return x.new_empty(*x.shape[:-1], out_features), x.new_empty(_tokens(x), ranks, dtype=compute_dtype(x))
 
@@ -511,12 +512,12 @@ def _forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "peftkern::lora_linear_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor? x, {_WEIGHT_SCHEMA}, {_ADAPTER_SCHEMA}, Tensor h, bool need_x, bool[] need_lora, "
+    schema=f"(Tensor grad, Tensor? x, {WEIGHT_SCHEMA}, {ADAPTER_SCHEMA}, Tensor h, bool need_x, bool[] need_lora, "
     "str? backend) -> Tensor[]",
 )
 def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
-    weight = unflatten_weight(grad.dtype, arguments[:_WEIGHT_ARGUMENTS])
-    *adapter_arguments, h, need_x, need_lora, backend = arguments[_WEIGHT_ARGUMENTS:]
+    weight = unflatten_weight(grad.dtype, arguments[:WEIGHT_ARGUMENTS])
+    *adapter_arguments, h, need_x, need_lora, backend = arguments[WEIGHT_ARGUMENTS:]
     adapters = Adapters(*adapter_arguments)
     check_backward(grad, x, weight, adapters, h)
     grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
@@ -525,15 +526,15 @@ def _backward_operator(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[
 
 @_backward_operator.register_fake
 def _backward_fake(grad: Tensor, x: Tensor | None, *arguments: Any) -> list[Tensor]:
-    in_features = arguments[_WEIGHT_ARGUMENTS - 1]
-    lora_A, lora_B, *_, need_x, need_lora, _backend = arguments[_WEIGHT_ARGUMENTS:]
+    in_features = arguments[WEIGHT_ARGUMENTS - 1]
+    lora_A, lora_B, *_, need_x, need_lora, _backend = arguments[WEIGHT_ARGUMENTS:]
     wanted = [p.new_empty(p.shape) for p, need in zip([*lora_A, *lora_B], need_lora, strict=True) if need]
     return [grad.new_empty(*grad.shape[:-1], in_features), *wanted] if need_x else wanted
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight = inputs[0], inputs[1 : 1 + _WEIGHT_ARGUMENTS]
-    lora_A, lora_B, scaling, dropout_p, seed, _bias, backend = inputs[1 + _WEIGHT_ARGUMENTS :]
+    x, weight = inputs[0], inputs[1 : 1 + WEIGHT_ARGUMENTS]
+    lora_A, lora_B, scaling, dropout_p, seed, _bias, backend = inputs[1 + WEIGHT_ARGUMENTS :]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])  # h is there for the backward pass, which has no second derivative
     ctx.count = len(lora_A)
@@ -543,7 +544,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[Any, ...]:
-    no_weight: list[None] = [None] * _WEIGHT_ARGUMENTS
+    no_weight: list[None] = [None] * WEIGHT_ARGUMENTS
     need_x, need_A, need_B, need_bias = (ctx.needs_input_grad[i] for i in (0, 10, 11, 15))
     nothing: list[Tensor | None] = [None] * ctx.count
     # torch.library takes an empty list of numbers for a list of no tensors, and wants one back
