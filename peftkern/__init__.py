@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from peftkern import ops
+from peftkern import ops, optim
 from peftkern._version import __version__
 from peftkern.backends.registry import choose as which
 from peftkern.formats import QuantizedTensor
@@ -46,6 +46,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "ops",
+    "optim",
     "patch",
     "quantize_",
     "unpatch",

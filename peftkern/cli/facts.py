@@ -17,8 +17,10 @@ from peftkern.backends import cpu, registry
 from peftkern.cli import gpu_facts
 from peftkern.finetune.versions import versions
 from peftkern.formats import random_mask
+from peftkern.ops.adamw import coefficients_of, empty_moments
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
+from peftkern.ops.select_top import PASSES, Scored
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
 _VARIABLES = (registry.ENVIRONMENT_VARIABLE, cpu.ENVIRONMENT_VARIABLE, "OMP_NUM_THREADS", "PEFTKERN_CACHE")
@@ -113,6 +115,20 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = str(dtype).removeprefix("torch.")
         yield "silu_mul", text, partial(tuple, (gate, gate))
         yield "silu_mul_backward", text, partial(tuple, (gate, gate, gate, True, True))
+    yield from _training_calls()
+
+
+def _training_calls() -> Iterator[tuple[str, str, Arguments]]:
+    weight, text = torch.zeros(_FEATURES, _FEATURES), "float32"
+    coefficients, _ = coefficients_of(weight.device, 1e-3, (0.9, 0.999), 1e-8, 0.01, 1)
+    yield "adamw", text, partial(tuple, (weight, weight, weight, weight, coefficients, None, None))
+    moments = empty_moments(weight)
+    yield "adamw_8bit", text, partial(tuple, (weight, weight, *moments, coefficients, None, None))
+    scored = Scored("magnitude", weight.view(-1), None, None)
+    yield "score_histogram", text, partial(tuple, (scored, *PASSES[0], 0))
+    yield "score_collect", text, partial(tuple, (scored, 0, 1, 1))
+    yield "accumulate_importance", text, partial(tuple, (weight, weight, "square", None))
+    yield "importance_dot", text, partial(tuple, (weight, weight))
 
 
 _FEATURES, _TOKENS, _RANK = 128, 32, 16

@@ -1,7 +1,7 @@
 """Number formats and index sets: codebooks, blocks, packing, double quantization; masks and sparse entries."""
 
 from peftkern.formats.bit_mask import BitMask, group_mask, largest_mask, random_group_mask, random_mask
-from peftkern.formats.codebooks import DYNAMIC_8BIT, FP4, NF4, codebook
+from peftkern.formats.codebooks import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED, FP4, NF4, codebook
 from peftkern.formats.quantized_tensor import (
     BLOCK_SIZES,
     FORMATS,
@@ -17,6 +17,7 @@ from peftkern.formats.sparse_indices import SparseIndices
 __all__ = [
     "BLOCK_SIZES",
     "DYNAMIC_8BIT",
+    "DYNAMIC_8BIT_UNSIGNED",
     "FORMATS",
     "FOUR_BIT_FORMATS",
     "FP4",

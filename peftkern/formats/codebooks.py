@@ -68,8 +68,10 @@ def _dynamic_edge(index: int, parts: int) -> float:
     return _float32(start + index * step if 2 * index < parts else 1.0 - (parts - index) * step)
 
 
-def _dynamic_magnitudes() -> list[float]:
-    """The 127 positive values below 1: decade d holds the middles of 2**d equal parts of (0.1, 1) * 10**(d - 6).
+def _dynamic_magnitudes(signed: bool) -> list[float]:
+    """The 127 (without a sign: 254) values between 0 and 1.
+
+    Decade d holds the middles of 2**d (without a sign: twice as many) equal parts of (0.1, 1) * 10**(d - 6).
 
     Spelled out, because the last bits of ``torch.linspace`` depend on the processor. These are the bits that it has,
     and bitsandbytes with it, where there are fused multiply-adds.
@@ -77,14 +79,15 @@ def _dynamic_magnitudes() -> list[float]:
     magnitudes: list[float] = []
     for decade in range(_DYNAMIC_DECADES):
         scale = _float32(10.0 ** (decade - _DYNAMIC_DECADES + 1))
-        edges = [_dynamic_edge(index, 2**decade) for index in range(2**decade + 1)]
+        parts = 2 ** (decade if signed else decade + 1)
+        edges = [_dynamic_edge(index, parts) for index in range(parts + 1)]
         middles = [_float32(low + high) / 2 for low, high in pairwise(edges)]
         magnitudes += [_float32(scale * middle) for middle in middles]
     return magnitudes
 
 
 def _dynamic_8bit() -> tuple[float, ...]:
-    magnitudes = _dynamic_magnitudes()
+    magnitudes = _dynamic_magnitudes(signed=True)
     return tuple(sorted([-value for value in magnitudes] + [0.0] + magnitudes + [1.0]))
 
 
@@ -94,7 +97,15 @@ DYNAMIC_8BIT: tuple[float, ...] = _dynamic_8bit()
 Source: 8-Bit Approximations for Parallelism in Deep Learning, Dettmers 2015 (arXiv:1511.04561).
 """
 
-_CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int8_blockwise": DYNAMIC_8BIT}
+DYNAMIC_8BIT_UNSIGNED: tuple[float, ...] = (0.0, *_dynamic_magnitudes(signed=False), 1.0)
+"""256 ascending values from 0 to 1, for what cannot be negative, such as a mean of squares. Same source."""
+
+_CODEBOOKS = {
+    "nf4": NF4,
+    "fp4": FP4,
+    "int8_blockwise": DYNAMIC_8BIT,
+    "uint8_blockwise": DYNAMIC_8BIT_UNSIGNED,
+}
 
 
 @cache
@@ -106,7 +117,8 @@ def codebook(format: str, device: torch.device | str = "cpu") -> Tensor:
     """The values of a format's codes, in the order of the codes.
 
     Args:
-        format: ``"nf4"``, ``"fp4"`` or ``"int8_blockwise"``. ``"int8"`` has none: its code is the value.
+        format: ``"nf4"``, ``"fp4"``, ``"int8_blockwise"`` or ``"uint8_blockwise"``, its twin for values that are not
+            negative. ``"int8"`` has none: its code is the value.
         device: where the table is wanted.
 
     Returns:

@@ -1,19 +1,28 @@
 """The operations: what each one means, its checks, and a reference in plain PyTorch."""
 
+from peftkern.ops.adamw import adamw_, adamw_8bit_
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.gated_lora_linear import gated_lora_linear
+from peftkern.ops.importance import accumulate_importance_, importance_dot
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.quantize import quantize
+from peftkern.ops.select_top import quantile_of, select_top
 from peftkern.ops.silu_mul import silu_mul
 
 __all__ = [
+    "accumulate_importance_",
+    "adamw_",
+    "adamw_8bit_",
     "dequantize",
     "gated_lora_linear",
+    "importance_dot",
     "lora_linear",
     "lora_linear_group",
     "masked_linear",
+    "quantile_of",
     "quantize",
+    "select_top",
     "silu_mul",
 ]

@@ -7,7 +7,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from peftkern.formats import DYNAMIC_8BIT, FP4, NF4, codebook
+from peftkern.formats import DYNAMIC_8BIT, DYNAMIC_8BIT_UNSIGNED, FP4, NF4, codebook
 
 
 def _bits(values: tuple[float, ...]) -> list[str]:
@@ -21,8 +21,9 @@ def test_four_bit_codebooks_are_those_of_bitsandbytes(format: str, values: tuple
     assert torch.tensor(values).tolist() == list(values)  # the digits are those of float32 values
 
 
-def test_dynamic_codebook_is_that_of_bitsandbytes() -> None:
-    difference = codebook("int8_blockwise").view(torch.int32) - bnb.create_dynamic_map().view(torch.int32)
+@pytest.mark.parametrize(("format", "signed"), [("int8_blockwise", True), ("uint8_blockwise", False)])
+def test_dynamic_codebook_is_that_of_bitsandbytes(format: str, signed: bool) -> None:
+    difference = codebook(format).view(torch.int32) - bnb.create_dynamic_map(signed).view(torch.int32)
     assert difference.abs().max() <= 2
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT":  # PyTorch's linspace without fused multiply-adds
         assert (difference == 0).all()
@@ -43,6 +44,14 @@ def test_dynamic_codebook_by_hand() -> None:
     assert [-value for value in DYNAMIC_8BIT[126::-1]] == list(DYNAMIC_8BIT[128:255])
     assert DYNAMIC_8BIT[128] == pytest.approx(5.5e-7)  # the middle of (1e-7, 1e-6)
     assert DYNAMIC_8BIT[254] == pytest.approx(1 - 0.9 / 64 / 2)
+
+
+def test_unsigned_dynamic_codebook_by_hand() -> None:
+    assert len(DYNAMIC_8BIT_UNSIGNED) == len(set(DYNAMIC_8BIT_UNSIGNED)) == 256
+    assert list(DYNAMIC_8BIT_UNSIGNED) == sorted(DYNAMIC_8BIT_UNSIGNED)
+    assert (DYNAMIC_8BIT_UNSIGNED[0], DYNAMIC_8BIT_UNSIGNED[255]) == (0.0, 1.0)
+    assert DYNAMIC_8BIT_UNSIGNED[1:3] == pytest.approx((3.25e-7, 7.75e-7))  # the middles of two halves of (1e-7, 1e-6)
+    assert DYNAMIC_8BIT_UNSIGNED[254] == pytest.approx(1 - 0.9 / 128 / 2)
 
 
 def test_dynamic_codebook_does_not_depend_on_the_processor() -> None:
