@@ -6,8 +6,8 @@
 
 Shapes: x [..., in], W and M [out, in], Aᵢ [r, in], Bᵢ [out, r], y [..., out]. What W holds where M does not keep it
 never matters, also where that is infinite or not a number. What is kept for the backward pass is x, h and the seed of
-`lora_linear`; W and M are held, and nothing else of their size. Kernels never form V, and dW is the one buffer of its
-size that they write.
+`lora_linear`; W and M are held, and nothing else of their size. No kernel keeps V: on a GPU it passes through a
+buffer that all layers share, and the kernels of the CPU never form it.
 
 Source: SPDF, Thangarasa et al. 2023 (arXiv:2303.10464): a static mask while training; DSEE, Chen et al. 2021
 (arXiv:2111.00160): W ⊙ S₁ under an adapter.

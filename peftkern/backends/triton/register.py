@@ -14,7 +14,7 @@ from peftkern.backends import registry
 from peftkern.backends.triton import crossover
 from peftkern.backends.triton.launch import is_ours
 from peftkern.backends.triton.roofline import Direction
-from peftkern.formats import QuantizedTensor
+from peftkern.formats import BitMask, QuantizedTensor
 from peftkern.ops.lora_linear import Adapters, Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -222,3 +222,49 @@ def gated_lora_linear_backward(
     from peftkern.backends.triton.lora_linear import gated_lora_linear_backward
 
     return gated_lora_linear_backward(grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora)
+
+
+# ---- masked_linear
+
+
+def _masked_path(direction: Direction, activations: Tensor, mask: BitMask) -> str:
+    """That of a dense weight."""
+    out_features, in_features = mask.shape
+    shape = (activations.shape[0], out_features, in_features, 1)
+    return crossover.choose(direction, *shape, False, activations.dtype, crossover.device_key(activations)).path
+
+
+def _form_masked(x: Tensor, _weight: Weight, mask: BitMask, *_rest: Any) -> str:
+    return _masked_path("forward", x, mask)
+
+
+def _form_masked_backward(grad: Tensor, _x: Tensor | None, _weight: Weight, mask: BitMask, *_rest: Any) -> str:
+    return _masked_path("backward", grad, mask)
+
+
+@registry.register("masked_linear", "triton", supports=_supports_forward, form=_form_masked)
+def masked_linear(
+    x: Tensor, weight: Weight, mask: BitMask, adapters: Adapters, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Forward; see :func:`peftkern.ops.masked_linear.masked_linear_reference` for shapes."""
+    from peftkern.backends.triton.masked_linear import masked_linear
+
+    return masked_linear(x, weight, mask, adapters, bias)
+
+
+@registry.register("masked_linear_backward", "triton", supports=_supports_backward, form=_form_masked_backward)
+def masked_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    mask: BitMask,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.masked_linear.masked_linear_backward_reference` for shapes."""
+    from peftkern.backends.triton.masked_linear import masked_linear_backward
+
+    return masked_linear_backward(grad, x, weight, mask, adapters, h, need_x, need_weight, need_lora)
