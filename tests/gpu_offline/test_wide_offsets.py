@@ -13,9 +13,8 @@ from peftkern.backends.triton.specializations import (
     EVERY_TILE,
     TENSORS,
     VARIANTS,
-    Case,
+    Recorded,
     Specialization,
-    TensorCase,
     specializations,
 )
 
@@ -40,13 +39,13 @@ def narrow_products(specialization: Specialization) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("case", [*EVERY_TILE, *VARIANTS], ids=lambda case: case.name)
-def test_products(case: Case) -> None:
+def test_products(case: Recorded) -> None:
     for one in specializations(90, [case], []):
         assert narrow_products(one) == [], one.name
 
 
 @pytest.mark.parametrize("case", TENSORS, ids=lambda case: case.name)
-def test_quantize_and_dequantize(case: TensorCase) -> None:
+def test_quantize_and_dequantize(case: Recorded) -> None:
     for one in specializations(90, [], [case]):
         assert narrow_products(one) == [], one.name
 

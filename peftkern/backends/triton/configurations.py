@@ -90,6 +90,13 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
         (_LARGE, 32): Tile(32, 64, 0, 4, 3),
         (_SMALL, 32): Tile(32, 64, 0, 4, 2),
     },
+    # 16 columns fill a sector of y; the more tokens, the fewer programs read the entries of S
+    "sparse": {
+        (_LARGE, 16): Tile(128, 16, 32, 4, 2),
+        (_SMALL, 16): Tile(128, 16, 32, 4, 2),
+        (_LARGE, 32): Tile(64, 16, 32, 4, 2),
+        (_SMALL, 32): Tile(64, 16, 32, 4, 2),
+    },
 }
 
 _TIGHT_TILES: dict[str, dict[int, Tile]] = {
@@ -100,15 +107,18 @@ _TIGHT_TILES: dict[str, dict[int, Tile]] = {
     "project": {16: Tile(16, 0, 64, 4, 2), 32: Tile(16, 0, 32, 4, 3)},
     "pull": {16: Tile(64, 0, 32, 8, 2), 32: Tile(64, 0, 32, 8, 2)},
     "push": {16: Tile(64, 64, 0, 8, 2), 32: Tile(32, 64, 0, 8, 2)},
+    "sparse": {16: Tile(64, 16, 32, 4, 2), 32: Tile(32, 16, 32, 4, 2)},
 }
-"""For calls that need more registers beside the product: masks of odd sizes, dropout, several adapters, large ranks."""
+"""For calls that need more registers beside the product: masks of odd sizes, dropout, several adapters, large ranks,
+activations gathered one by one."""
 
 
 def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, tight: bool = False) -> Tile:
     """The row for a call.
 
     Args:
-        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"project"``, ``"pull"`` or ``"push"``.
+        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"project"``, ``"pull"``, ``"push"`` or
+            ``"sparse"``.
         architecture: compute capability, for example 90; one that is not in the table takes the next lower one's row.
         dtype: of the activations.
         tokens: of the call. A tile holds no more than the next power of two.

@@ -14,7 +14,8 @@ from peftkern.backends import registry
 from peftkern.backends.triton import crossover
 from peftkern.backends.triton.launch import is_ours
 from peftkern.backends.triton.roofline import Direction
-from peftkern.formats import BitMask, QuantizedTensor
+from peftkern.backends.triton.sparse_layout import is_copied
+from peftkern.formats import BitMask, QuantizedTensor, SparseIndices
 from peftkern.ops.lora_linear import Adapters, Weight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -268,3 +269,63 @@ def masked_linear_backward(
     from peftkern.backends.triton.masked_linear import masked_linear_backward
 
     return masked_linear_backward(grad, x, weight, mask, adapters, h, need_x, need_weight, need_lora)
+
+
+# ---- sparse_delta
+
+
+def _objection_to_sparse(source: Tensor, *others: Tensor | None) -> str | None:
+    objection = _objection(source)
+    if objection is not None:
+        return objection
+    wrong = [tensor.dtype for tensor in (source, *others) if tensor is not None and tensor.dtype not in _DTYPES]
+    return f"{wrong[0]} tensors" if wrong else None
+
+
+def _sparse_form(source: Tensor, indices: SparseIndices) -> str:
+    tokens, features = source.shape
+    return "copied" if is_copied(len(indices), tokens, features, source.dtype) else "direct"
+
+
+def _form_sparse(_y: Tensor, x: Tensor, _values: Tensor, indices: SparseIndices, *_rest: Any) -> str:
+    return _sparse_form(x, indices)
+
+
+def _form_sparse_backward(
+    grad: Tensor, _x: Tensor | None, _grad_x: Tensor | None, _values: Tensor, indices: SparseIndices, *_rest: Any
+) -> str:
+    return _sparse_form(grad, indices)
+
+
+def _supports_sparse(y: Tensor, x: Tensor, values: Tensor, *_rest: Any) -> str | None:
+    return _objection_to_sparse(x, y, values)
+
+
+@registry.register("sparse_delta", "triton", supports=_supports_sparse, form=_form_sparse)
+def sparse_delta(y: Tensor, x: Tensor, values: Tensor, indices: SparseIndices, scaling: float) -> None:
+    """See :func:`peftkern.ops.sparse_delta_linear.sparse_delta_reference`."""
+    from peftkern.backends.triton.sparse_delta import sparse_delta
+
+    sparse_delta(y, x, values, indices, scaling)
+
+
+def _supports_sparse_backward(
+    grad: Tensor, x: Tensor | None, grad_x: Tensor | None, values: Tensor, *_rest: Any
+) -> str | None:
+    return _objection_to_sparse(grad, x, grad_x, values)
+
+
+@registry.register("sparse_delta_backward", "triton", supports=_supports_sparse_backward, form=_form_sparse_backward)
+def sparse_delta_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    grad_x: Tensor | None,
+    values: Tensor,
+    indices: SparseIndices,
+    scaling: float,
+    need_values: bool,
+) -> Tensor | None:
+    """See :func:`peftkern.ops.sparse_delta_linear.sparse_delta_backward_reference`."""
+    from peftkern.backends.triton.sparse_delta import sparse_delta_backward
+
+    return sparse_delta_backward(grad, x, grad_x, values, indices, scaling, need_values)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from peftkern.backends.triton.devices import DeviceKey, assumed
 from peftkern.backends.triton.launch import COMPILER_OPTIONS, Call, Launch, recording
 from peftkern.backends.triton.paths import FEW_TOKENS, Path
 from peftkern.backends.triton.weights import DENSE
+from peftkern.formats import SparseIndices
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.lora_linear_group import Member
 
@@ -105,6 +106,19 @@ def decoded_weights(specialization: Specialization) -> int:
 # ---- the shapes that kernels are compiled at
 
 
+class Recorded(Protocol):
+    """Something that kernels are compiled for."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        ...
+
+    def record(self) -> list[Launch]:
+        """Its launches, on tensors without memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class Case:
     """A group of layers, and how it is computed, forward and backward."""
@@ -125,8 +139,61 @@ class Case:
     seed: int = 0x5EED_0000_5EED
     bias: bool = False
 
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.lora_linear import group_backward, group_forward
 
-EVERY_TILE = (
+        members = [_member(self) for _ in range(self.members)]
+        x = _empty(self.tokens, self.in_features, dtype=self.dtype)
+        need_lora = [[True] * 2 * self.adapters for _ in members]
+        with recording() as launches, forced(self.path), _precision(self.precision):
+            y, h = group_forward(x, members)
+            group_backward(y, x, members, h, True, need_lora)
+        return launches
+
+
+@dataclass(frozen=True)
+class SparseCase:
+    """A sparse delta: its product, and backward what is needed of both gradients.
+
+    ``results``: dtype of y and dX, which may not be that of x and dY.
+    """
+
+    name: str
+    entries: int = 167_936
+    dtype: torch.dtype = torch.bfloat16
+    results: torch.dtype = torch.bfloat16
+    values: torch.dtype = torch.float32
+    precision: str = "highest"
+    tokens: int = 2048
+    in_features: int = 4096
+    out_features: int = 4096
+    need_x: bool = True
+    need_values: bool = True
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.sparse_delta import sparse_delta, sparse_delta_backward
+
+        x = _empty(self.tokens, self.in_features, dtype=self.dtype)
+        grad = _empty(self.tokens, self.out_features, dtype=self.dtype)
+        grad_x = x.to(self.results) if self.need_x else None
+        values, indices = _empty(self.entries, dtype=self.values), self._indices()
+        with recording() as launches, _precision(self.precision):
+            sparse_delta(grad.to(self.results), x, values, indices, 2.0)
+            sparse_delta_backward(grad, x, grad_x, values, indices, 2.0, self.need_values)
+        return launches
+
+    def _indices(self) -> SparseIndices:
+        entries = (_empty(self.entries, dtype=torch.int32) for _ in range(3))
+        offsets = (_empty(size + 1, dtype=torch.int64) for size in (self.out_features, self.in_features))
+        columns, rows, order = entries
+        row_offsets, column_offsets = offsets
+        shape = torch.Size((self.out_features, self.in_features))
+        return SparseIndices(shape, row_offsets, columns, column_offsets, rows, order)
+
+
+EVERY_TILE: tuple[Recorded, ...] = (
     Case("nf4 fused", Path.FUSED),
     Case("nf4 staged", Path.STAGED),
     Case("nf4 vendor", Path.VENDOR),
@@ -148,10 +215,14 @@ EVERY_TILE = (
         for path in Path
         for name, dtype in (("", torch.bfloat16), (" float32", torch.float32))
     ),
+    SparseCase("sparse"),
+    SparseCase("sparse float32", dtype=torch.float32, results=torch.float32),
+    SparseCase("sparse, not copied", entries=64),
+    SparseCase("sparse, not copied, float32", entries=64, dtype=torch.float32, results=torch.float32),
 )
 """Every row of :mod:`configurations` and every kernel of a product, with plain weights."""
 
-VARIANTS = (
+VARIANTS: tuple[Recorded, ...] = (
     Case("nf4 nested, 3 members, fused", Path.FUSED, double_quantization=True, members=3),
     Case("nf4 nested, 3 members, staged", Path.STAGED, double_quantization=True, members=3),
     Case("nf4 nested, 3 members, few", Path.FEW, double_quantization=True, members=3, tokens=8),
@@ -170,6 +241,14 @@ VARIANTS = (
     Case("nf4 odd sizes, fused", Path.FUSED, tokens=1003, in_features=4032, out_features=1001),
     Case("nf4 odd rows, fused", Path.FUSED, tokens=1003, in_features=1001, out_features=1001),
     Case("dense odd sizes", Path.STAGED, format=None, tokens=1003, in_features=1001, out_features=1001),
+    SparseCase("sparse float16", dtype=torch.float16, results=torch.float16),
+    SparseCase("sparse tf32", dtype=torch.float32, results=torch.float32, precision="high"),
+    SparseCase("sparse, float32 results", results=torch.float32),
+    SparseCase("sparse, bfloat16 values", values=torch.bfloat16),
+    SparseCase("sparse, 1 token", tokens=1),
+    SparseCase("sparse, odd sizes", entries=10_001, tokens=1003, in_features=1001, out_features=1001),
+    SparseCase("sparse, dX alone", need_values=False),
+    SparseCase("sparse, dS alone", need_x=False),
 )
 """What else the kernels of a product are compiled for: formats, dtypes, groups, options, masks."""
 
@@ -183,6 +262,15 @@ class TensorCase:
     dtype: torch.dtype = torch.bfloat16
     shape: tuple[int, int] = (4096, 4096)
     double_quantization: bool = False
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.dequantize import dequantize
+        from peftkern.backends.triton.quantize import quantize
+
+        with recording() as launches:
+            dequantize(quantize(_empty(*self.shape, dtype=self.dtype), self.format, 64, self.double_quantization))
+        return launches
 
 
 TENSORS = (
@@ -199,13 +287,12 @@ TENSORS = (
 
 
 def specializations(
-    architecture: int, cases: Iterable[Case] = EVERY_TILE + VARIANTS, tensors: Iterable[TensorCase] = TENSORS
+    architecture: int, cases: Iterable[Recorded] = EVERY_TILE + VARIANTS, tensors: Iterable[Recorded] = TENSORS
 ) -> list[Specialization]:
     """What is compiled for ``cases`` and ``tensors`` on ``architecture``, 90 for sm_90; of equals the first."""
     device = DeviceKey(f"sm_{architecture}", divmod(architecture, 10), assumed=True)
     with assumed(device):
-        recorded = [(case.name, _record_product(case)) for case in cases]
-        recorded += [(tensor.name, _record_tensor(tensor)) for tensor in tensors]
+        recorded = [(case.name, case.record()) for case in (*cases, *tensors)]
     found: dict[str, Specialization] = {}
     for name, launches in recorded:
         for one in _named(name, launches):
@@ -227,27 +314,6 @@ def _named(case: str, launches: Sequence[Launch]) -> Iterator[Specialization]:
         number = f" {count[kernel]}" if count[kernel] > 1 else ""
         distinct[one.key] = replace(one, name=one.name + number)
     yield from distinct.values()
-
-
-def _record_product(case: Case) -> list[Launch]:
-    from peftkern.backends.triton.lora_linear import group_backward, group_forward
-
-    members = [_member(case) for _ in range(case.members)]
-    x = _empty(case.tokens, case.in_features, dtype=case.dtype)
-    need_lora = [[True] * 2 * case.adapters for _ in members]
-    with recording() as launches, forced(case.path), _precision(case.precision):
-        y, h = group_forward(x, members)
-        group_backward(y, x, members, h, True, need_lora)
-    return launches
-
-
-def _record_tensor(case: TensorCase) -> list[Launch]:
-    from peftkern.backends.triton.dequantize import dequantize
-    from peftkern.backends.triton.quantize import quantize
-
-    with recording() as launches:
-        dequantize(quantize(_empty(*case.shape, dtype=case.dtype), case.format, 64, case.double_quantization))
-    return launches
 
 
 def _member(case: Case) -> Member:
