@@ -16,7 +16,7 @@ from peftkern import ops
 from peftkern.backends import cpu, registry
 from peftkern.cli import gpu_facts
 from peftkern.finetune.versions import versions
-from peftkern.formats import random_mask
+from peftkern.formats import SparseIndices, random_mask
 from peftkern.ops.adamw import coefficients_of, empty_moments
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
@@ -100,6 +100,10 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = f"{weight or 'dense'} weight, float32"
         yield "masked_linear", text, partial(_masked_forward, weight)
         yield "masked_linear_backward", text, partial(_masked_backward, weight)
+    for dtype in (torch.float32, torch.bfloat16):
+        text = f"1% of a 128x128 matrix, {str(dtype).removeprefix('torch.')}"
+        yield "sparse_delta", text, partial(_sparse_forward, dtype)
+        yield "sparse_delta_backward", text, partial(_sparse_backward, dtype)
     for count, dtype in ((3, torch.float32), (2, torch.bfloat16)):
         text = f"{count} nf4 weights, {str(dtype).removeprefix('torch.')}"
         yield "lora_linear_group", text, partial(_group_forward, count, dtype)
@@ -161,6 +165,17 @@ def _masked_forward(format: str | None) -> tuple[Any, ...]:
 def _masked_backward(format: str | None) -> tuple[Any, ...]:
     x, weight, mask, adapters, _bias = _masked_forward(format)
     return x, x, weight, mask, adapters, torch.zeros(_TOKENS, _RANK), True, format is None, [True, True]
+
+
+def _sparse_forward(dtype: torch.dtype) -> tuple[Any, ...]:
+    x = torch.zeros(_TOKENS, _FEATURES, dtype=dtype)
+    indices = SparseIndices.from_flat(torch.arange(0, _FEATURES * _FEATURES, 100), (_FEATURES, _FEATURES))
+    return x.clone(), x, torch.zeros(len(indices)), indices, 1.0
+
+
+def _sparse_backward(dtype: torch.dtype) -> tuple[Any, ...]:
+    y, x, values, indices, scaling = _sparse_forward(dtype)
+    return y, x, x.clone(), values, indices, scaling, True
 
 
 def _gated_backward(dtype: torch.dtype) -> tuple[Any, ...]:

@@ -10,11 +10,13 @@ from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.quantize import quantize
 from peftkern.ops.select_top import quantile_of, select_top
 from peftkern.ops.silu_mul import silu_mul
+from peftkern.ops.sparse_delta_linear import add_sparse_delta, sparse_delta_linear
 
 __all__ = [
     "accumulate_importance_",
     "adamw_",
     "adamw_8bit_",
+    "add_sparse_delta",
     "dequantize",
     "gated_lora_linear",
     "importance_dot",
@@ -25,4 +27,5 @@ __all__ = [
     "quantize",
     "select_top",
     "silu_mul",
+    "sparse_delta_linear",
 ]
