@@ -30,6 +30,15 @@ def hand_over(optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter])
 def _stays(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, wanted: dict[int, Any]) -> bool:
     if id(parameter) in wanted:
         return True
-    parameter.grad = None
-    optimizer.state.pop(parameter, None)
+    drop_state(optimizer, [parameter])
     return False
+
+
+def drop_state(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Forget the gradient and the state of ``parameters``, which stay in their group.
+
+    An optimizer passes over a parameter without gradient, and what was forgotten does not move it when it comes back.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+        optimizer.state.pop(parameter, None)
