@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from peftkern.integrations import QuantConfig as QuantConfig
     from peftkern.integrations import quantize_ as quantize_
     from peftkern.nn import QuantizedLinear as QuantizedLinear
+    from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
 
 _LAZY = {
+    "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
     "quantize_": "peftkern.integrations",
@@ -39,6 +41,7 @@ def __getattr__(name: str) -> Any:
 register_on_import()
 
 __all__ = [
+    "HalfFineTuning",
     "PatchReport",
     "QuantConfig",
     "QuantizedLinear",
