@@ -34,8 +34,8 @@ def select_linears(model: nn.Module, skip_modules: Sequence[str] | None) -> Sele
         skip_modules: as in :class:`~peftkern.integrations.quant_config.QuantConfig`.
     """
     selection = Selection()
-    heads = _head_ids(model) if skip_modules is None else set()
-    tied, adapters, kept_dense = _tied_ids(model), _adapter_ids(model), _float32_names(model)
+    heads = head_ids(model) if skip_modules is None else set()
+    tied, adapters, kept_dense = _tied_ids(model), adapter_ids(model), _float32_names(model)
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
@@ -78,7 +78,7 @@ def pretrained_models(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
-def _head_ids(model: nn.Module) -> set[int]:
+def head_ids(model: nn.Module) -> set[int]:
     """Modules of the output embeddings, and everything beside the body of the outermost transformers model."""
     pretrained = next(pretrained_models(model), None)
     if pretrained is None:
@@ -108,7 +108,7 @@ def _float32_names(model: nn.Module) -> list[str]:
     return names
 
 
-def _adapter_ids(model: nn.Module) -> set[int]:
+def adapter_ids(model: nn.Module) -> set[int]:
     """Modules that PEFT has put into the model: everything in its layers but what they stand in front of."""
     if "peft" not in sys.modules:
         return set()

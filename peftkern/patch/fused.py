@@ -101,6 +101,18 @@ def set_class(module: nn.Module, layer_class: type) -> None:
     module.__class__ = layer_class
 
 
+def exchange_class(module: nn.Module, layer_class: type) -> None:
+    """Give ``module`` another class beneath its patch; where that has no fused class, the patch goes."""
+    if is_fused(module):
+        state, fused = module.__dict__[STATE], fused_class(layer_class)
+        if state.shared is not None:
+            state.shared.forget()
+        if fused is None:
+            del module.__dict__[STATE]
+        layer_class = fused or layer_class
+    set_class(module, layer_class)
+
+
 @functools.cache
 def fused_class(original: type) -> type | None:
     """The fused subclass of a class of layers, one per class; `None` when its forward is not one we stand in for.

@@ -1,1 +1,32 @@
 """Sparse deltas and masks: index sets, layers, files and the methods that train them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkern.sparse.layers import attach as attach
+    from peftkern.sparse.layers import deltas as deltas
+    from peftkern.sparse.layers import detach as detach
+    from peftkern.sparse.layers import disabled as disabled
+    from peftkern.sparse.layers import linear_layers as linear_layers
+    from peftkern.sparse.layers import set_active as set_active
+
+_LAZY = {
+    "attach": "peftkern.sparse.layers",
+    "deltas": "peftkern.sparse.layers",
+    "detach": "peftkern.sparse.layers",
+    "disabled": "peftkern.sparse.layers",
+    "linear_layers": "peftkern.sparse.layers",
+    "set_active": "peftkern.sparse.layers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'peftkern.sparse' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+__all__ = sorted(_LAZY)
