@@ -1,10 +1,11 @@
 """The last layer of a SwiGLU block together with the gate in front of it: its input is not kept, but made again.
 
-    x  = silu(g) ⊙ u                 y = lora_linear(x, W, A, B, ...)
-    dx as in lora_linear             dg, du as in silu_mul
+    x  = silu(g) ⊙ u                 y = lora_linear(x, W, A, B, ...) + Σₖ sₖ x Sₖᵀ
+    dx as in lora_linear and sparse_delta_linear             dg, du as in silu_mul
 
-g and u are kept, as the gate alone would keep them, and h; x, which `lora_linear` alone would keep as well, is computed
-again in the backward pass, bit for bit, where a gradient of A asks for it. Shapes: g and u [..., in].
+g and u are kept, as the gate alone would keep them, and h; x, which the product alone would keep as well, is computed
+again in the backward pass, bit for bit, where a gradient of A or of the entries of S asks for it. Shapes: g and u
+[..., in].
 
 Source of the recomputation: Training Deep Nets with Sublinear Memory Cost, Chen et al. 2016 (arXiv:1604.06174).
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import registry
+from peftkern.formats import SparseIndices
 from peftkern.ops import dropout
 from peftkern.ops.lora_linear import (
     Adapters,
@@ -29,12 +31,19 @@ from peftkern.ops.lora_linear import (
     check_versions,
     in_autocast_dtype,
     is_plain_eager,
-    lora_linear,
     lora_linear_backward_reference,
     weight_tensors,
     weight_versions,
 )
 from peftkern.ops.silu_mul import check_gate, silu_mul, silu_mul_backward_reference, silu_mul_reference
+from peftkern.ops.sparse_delta_linear import (
+    Deltas,
+    backward_deltas,
+    check_index_versions,
+    checked_deltas,
+    index_versions,
+    sparse_delta_linear,
+)
 
 Gradients = tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]
 """Of g, u, every A and every B; ``None`` where none was asked for."""
@@ -50,33 +59,41 @@ def gated_lora_linear(
     bias: Tensor | None = None,
     dropout_p: float | Sequence[float] = 0.0,
     *,
+    values: Sequence[Tensor] = (),
+    indices: Sequence[SparseIndices] = (),
+    delta_scaling: Sequence[float] = (),
     backend: str | None = None,
 ) -> Tensor:
     """``lora_linear(silu_mul(gate, up), weight, ...)``, the same numbers with less kept for the backward pass.
 
-    Differentiable, once, in ``gate``, ``up``, ``lora_A``, ``lora_B`` and ``bias``. Under ``torch.compile``, and under
-    an autocast that changes the dtype in between, it is the two operations.
+    With ``values`` it stands for ``sparse_delta_linear`` in the same way. Differentiable, once, in ``gate``, ``up``,
+    ``lora_A``, ``lora_B``, ``values`` and ``bias``. Under ``torch.compile``, and under an autocast that changes the
+    dtype in between, it is the two operations.
 
     Args:
         gate, up: [..., in], as for `silu_mul`.
         weight, lora_A, lora_B, scaling, bias, dropout_p, backend: as for `lora_linear`.
+        values, indices, delta_scaling: of sparse deltas, as for `sparse_delta_linear`, one each per delta.
 
     Returns:
         [..., out] in the dtype of gate, or in autocast's dtype under autocast.
 
     Raises:
-        ValueError, TypeError, RuntimeError, BackendError: as `silu_mul` and `lora_linear` do.
+        ValueError, TypeError, RuntimeError, BackendError: as `silu_mul` and `sparse_delta_linear` do.
     """
     check_gate(gate, up)
     adapters = check_adapters(lora_A, lora_B, scaling, dropout_p)
     check_call(gate, weight, adapters, bias)
-    lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
-    tensors = (gate, up, *weight_tensors(weight), *lists[0], *lists[1])
+    deltas = checked_deltas("gated_lora_linear", values, indices, delta_scaling, weight.shape, gate.device)
+    lora = (*adapters.lora_A, *adapters.lora_B)
+    tensors = (gate, up, *weight_tensors(weight), *deltas.tensors(), *lora)
     if not is_plain_eager(tensors, bias) or in_autocast_dtype(gate) is not gate:
         x = silu_mul(gate, up, backend=backend)
-        return lora_linear(x, weight, *lists[:3], bias, lists[3], backend=backend)
+        lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, bias, adapters.dropout_p)
+        return sparse_delta_linear(x, weight, deltas.values, deltas.indices, deltas.scaling, *lists, backend=backend)
     seed = dropout.draw_seed() if any(adapters.dropout_p) else None
-    return _apply(gate, up, weight, bias, *lists[2:], seed, backend, *lists[0], *lists[1])
+    call = (weight, deltas.indices, deltas.scaling, adapters.scaling, adapters.dropout_p, seed, backend)
+    return _apply(gate, up, bias, call, *deltas.values, *lora)
 
 
 # ---- reference
@@ -107,48 +124,84 @@ def gated_lora_linear_backward_reference(
 
 
 class _GatedLoraLinear(torch.autograd.Function):
-    """``lora`` is every A, then every B."""
+    """``tensors`` are the values of all deltas, then every A, then every B."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        weight: Weight,
-        bias: Tensor | None,
-        scaling: list[float],
-        dropout_p: list[float],
-        seed: Tensor | None,
-        backend: str | None,
-        *lora: Tensor,
+        ctx: Any, gate: Tensor, up: Tensor, bias: Tensor | None, call: tuple[Any, ...], *tensors: Tensor
     ) -> Tensor:
-        count = len(scaling)
-        adapters = Adapters(lora[:count], lora[count:], scaling, dropout_p, seed)
-        x = registry.run("silu_mul", gate, up, backend=backend)
-        y, h = registry.run("lora_linear", as_matrix(x), weight, adapters, bias, backend=backend)
-        # not among the saved tensors, whose hooks would copy or offload a weight that stays where it is anyway
-        ctx.call = (weight, weight_versions(weight), scaling, dropout_p, backend)
-        ctx.save_for_backward(gate, up, seed, h, *lora)
+        weight, indices, delta_scaling, scaling, dropout_p, seed, backend = call
+        values, adapters = _split(tensors, len(indices), scaling, dropout_p, seed)
+        x = as_matrix(registry.run("silu_mul", gate, up, backend=backend))
+        y, h = registry.run("lora_linear", x, weight, adapters, bias, backend=backend)
+        for delta in Deltas(values, indices, delta_scaling):
+            registry.run("sparse_delta", y, x, *delta, backend=backend)
+        # not among the saved tensors, whose hooks would copy or offload what stays where it is anyway
+        ctx.call = (weight, indices, delta_scaling, scaling, dropout_p, backend)
+        ctx.versions = (weight_versions(weight), index_versions(indices))
+        ctx.save_for_backward(gate, up, seed, h, *tensors)
         # not a view in autograd's eyes: the output of an operator may be modified in place
         return cast(Tensor, torch.ops.aten._unsafe_view(y, [*gate.shape[:-1], y.shape[-1]]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, versions, scaling, dropout_p, backend = ctx.call
-        check_versions(weight, versions)
-        gate, up, seed, h, *lora = ctx.saved_tensors
-        adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
-        need_gate, need_up, need_bias = (ctx.needs_input_grad[index] for index in (0, 1, 3))
+        weight, indices, delta_scaling, scaling, dropout_p, backend = ctx.call
+        check_versions(weight, ctx.versions[0])
+        check_index_versions(indices, ctx.versions[1])
+        gate, up, seed, h, *tensors = ctx.saved_tensors
+        values, adapters = _split(tensors, len(indices), scaling, dropout_p, seed)
+        need_gate, need_up, need_bias, _, *need_tensors = ctx.needs_input_grad
+        need_values, need_lora = need_tensors[: len(values)], need_tensors[len(values) :]
         grad = as_matrix(grad.resolve_neg())
-        call = (grad, as_matrix(gate), as_matrix(up), weight, adapters, h, need_gate, need_up)
-        gradients: Gradients = registry.run(
-            "gated_lora_linear_backward", *call, ctx.needs_input_grad[8:], backend=backend
-        )
-        grad_gate, grad_up, grad_A, grad_B = gradients
+        call = (grad, as_matrix(gate), as_matrix(up), weight, adapters, h, need_gate, need_up, need_lora)
+        grad_values: list[Tensor | None] = []
+        if values:
+            deltas = Deltas(values, indices, delta_scaling)
+            grad_gate, grad_up, grad_A, grad_B, grad_values = _backward_with_deltas(*call, deltas, need_values, backend)
+        else:
+            grad_gate, grad_up, grad_A, grad_B = registry.run("gated_lora_linear_backward", *call, backend=backend)
         grad_gate, grad_up = (None if part is None else part.view(gate.shape) for part in (grad_gate, grad_up))
         grad_bias = bias_gradient(grad) if need_bias else None
-        return grad_gate, grad_up, None, grad_bias, None, None, None, None, *grad_A, *grad_B
+        return grad_gate, grad_up, grad_bias, None, *grad_values, *grad_A, *grad_B
+
+
+def _split(
+    tensors: Sequence[Tensor], deltas: int, scaling: list[float], dropout_p: list[float], seed: Tensor | None
+) -> tuple[list[Tensor], Adapters]:
+    lora = tensors[deltas:]
+    adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
+    return list(tensors[:deltas]), adapters
+
+
+def _backward_with_deltas(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_gate: bool,
+    need_up: bool,
+    need_lora: Sequence[bool],
+    deltas: Deltas,
+    need_values: Sequence[bool],
+    backend: str | None,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """The backward of the parts, one after the other; all matrices [tokens, features]."""
+    need_x = need_gate or need_up
+    x = None
+    if any(need_values) or any(need_lora[: len(adapters)]):
+        x = registry.run("silu_mul", gate, up, backend=backend)
+    grad_x, grad_A, grad_B = registry.run(
+        "lora_linear_backward", grad, x, weight, adapters, h, need_x, need_lora, backend=backend
+    )
+    grad_values = backward_deltas(grad, x, grad_x, deltas, need_values, backend)
+    del x
+    if grad_x is None:
+        return None, None, grad_A, grad_B, grad_values
+    grads = registry.run("silu_mul_backward", grad_x, gate, up, need_gate, need_up, backend=backend)
+    return *grads, grad_A, grad_B, grad_values
 
 
 _apply = cast(Callable[..., Tensor], _GatedLoraLinear.apply)

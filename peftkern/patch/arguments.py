@@ -1,4 +1,4 @@
-"""What a patched layer hands to the product: its frozen weight and the adapters that run in it now.
+"""What a patched layer hands to the product: its frozen weight, and the adapters and deltas that run in it now.
 
 Everything is read on every call, because PEFT, FSDP and users switch adapters and replace weights.
 """
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.formats import SparseIndices
+from peftkern.nn.sparse_linear import deltas_of
 from peftkern.ops.lora_linear import Adapters, Weight, weight_tensors
 from peftkern.patch.weights import NotFused, original_class, read_weight
 
@@ -33,6 +35,7 @@ class LayerArguments:
         bias: of the base layer, [out].
         lora_A, lora_B, scaling, dropout_p: of the running adapters; empty where the base layer runs alone.
         lora_biases: those of every B that has one, with their scaling.
+        values, indices, delta_scaling: of the running sparse deltas; empty where there is none.
     """
 
     base: nn.Module
@@ -43,6 +46,9 @@ class LayerArguments:
     scaling: list[float] = field(default_factory=list)
     dropout_p: list[float] = field(default_factory=list)
     lora_biases: list[tuple[float, Tensor]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    indices: list[SparseIndices] = field(default_factory=list)
+    delta_scaling: list[float] = field(default_factory=list)
 
     def total_bias(self) -> Tensor | None:
         """The sum of all biases, [out]."""
@@ -77,9 +83,10 @@ class LayerArguments:
     def state(self) -> tuple[Any, ...]:
         """Equal for arguments that give the same result. Compare it only while the older arguments are alive."""
         biases = [self.bias] if self.bias is not None else []
-        tensors = (*weight_tensors(self.weight), *self.lora_A, *self.lora_B, *biases, *(b for _, b in self.lora_biases))
-        scalings = [scaling for scaling, _ in self.lora_biases]
-        return *map(_tensor_state, tensors), *self.scaling, *self.dropout_p, *scalings
+        lora = (*self.lora_A, *self.lora_B, *(b for _, b in self.lora_biases))
+        scalings = (*self.scaling, *self.dropout_p, *(scaling for scaling, _ in self.lora_biases), *self.delta_scaling)
+        tensors = (*weight_tensors(self.weight), *lora, *biases, *self.values)
+        return *map(_tensor_state, tensors), *scalings, *map(id, self.indices)
 
 
 def _tensor_state(tensor: Tensor) -> tuple[int, int | None, bool]:
@@ -132,7 +139,7 @@ def read_base(base: Any, x: Tensor) -> LayerArguments:
     """
     weight = read_weight(base)
     _check_device(x, weight)
-    return LayerArguments(base, weight, base.bias)
+    return with_deltas(base, weight)
 
 
 def read_lora(layer: Any, names: Sequence[str], x: Tensor) -> LayerArguments:
@@ -145,7 +152,25 @@ def read_lora(layer: Any, names: Sequence[str], x: Tensor) -> LayerArguments:
     check_base(base)
     weight = read_weight(base)
     _check_device(x, weight)
-    return with_adapters(LayerArguments(base, weight, base.bias), layer, names)
+    return with_adapters(with_deltas(base, weight), layer, names)
+
+
+def with_deltas(base: Any, weight: Weight) -> LayerArguments:
+    """What ``base``, whose weight is ``weight``, computes with: weight, bias and running deltas.
+
+    Raises:
+        NotFused: somebody watches the calls of a delta.
+    """
+    arguments = LayerArguments(base, weight, base.bias)
+    for name, delta in deltas_of(base).items():
+        if not delta.running():
+            continue
+        if is_hooked(delta):
+            raise NotFused(f"sparse delta {name!r} has hooks")
+        arguments.values.append(delta.values)
+        arguments.indices.append(delta.indices)
+        arguments.delta_scaling.append(delta.scaling)
+    return arguments
 
 
 def _check_device(x: Tensor, weight: Weight) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkern.backends import by_tokens, registry
 from peftkern.formats import QuantizedTensor
+from peftkern.nn.sparse_linear import deltas_of, under_deltas
 from peftkern.ops.lora_linear_group import backend_for
 from peftkern.patch import fused
 from peftkern.patch.arguments import (
@@ -21,6 +22,7 @@ from peftkern.patch.arguments import (
     is_lora_class,
     running_adapters,
     with_adapters,
+    with_deltas,
 )
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
@@ -32,6 +34,9 @@ _NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
 """Classes of `peft.tuners.lora.layer` that adapt something else than a linear layer."""
 
 OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do that), in front of its class"
+
+
+DELTAS_ALONE = "runs alone, not with the layers that share its input: it has sparse deltas"
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ def examine(model: nn.Module, backend: str | None) -> list[Finding]:
     findings = {finding.name: finding for finding in _findings(model, setting)}
     for group in sibling_groups(_in_features(findings.values())):
         members = [findings[name] for name in group]
-        findings |= {finding.name: finding for finding in _in_group(members, group, setting)}
+        findings |= {finding.name: finding for finding in _in_group(members, setting)}
     return list(findings.values())
 
 
@@ -117,6 +122,10 @@ def _activation_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _is_swapped_base(module: nn.Module) -> bool:
+    return bool(deltas_of(module)) or _is_of_bitsandbytes(module)
+
+
+def _is_of_bitsandbytes(module: nn.Module) -> bool:
     kind = base_kind(original_class(type(module)))
     return kind is not None and kind.swap
 
@@ -125,7 +134,7 @@ def _is_swapped_base(module: nn.Module) -> bool:
 
 
 def _class_name(module: nn.Module) -> str:
-    layer_class = original_class(type(module))
+    layer_class = under_deltas(original_class(type(module)))
     name = layer_class.__qualname__
     if layer_class.__module__.startswith("peft.tuners."):
         return ".".join([layer_class.__module__.removeprefix("peft.tuners.").removesuffix(".layer"), name])
@@ -151,12 +160,11 @@ def _unused(module: nn.Module) -> int:
     return 0 if state is None else state.unused
 
 
-def _fused(
-    name: str, module: nn.Module, weight: Tensor | QuantizedTensor, kernel: str, notes: Sequence[str]
-) -> PatchRow:
+def _fused(name: str, module: nn.Module, arguments: LayerArguments, kernel: str, notes: Sequence[str]) -> PatchRow:
     note = "; ".join(note for note in notes if note)
+    weight, entries = arguments.weight, sum(map(len, arguments.indices))
     row = PatchRow(name, _class_name(module), _describe(weight), "fused", kernel, note, True, _calls(module))
-    return replace(row, unused=_unused(module))
+    return replace(row, unused=_unused(module), entries=entries, density=entries / max(weight.shape.numel(), 1))
 
 
 def _token(arguments: LayerArguments, setting: _Setting) -> Tensor:
@@ -170,7 +178,12 @@ def _kernel(arguments: LayerArguments, setting: _Setting) -> str:
     row = _token(arguments, setting)
     operands = (arguments.weight, arguments.adapters(), arguments.total_bias())
     chosen = by_tokens.describe("lora_linear", lambda tokens: (row.expand(tokens, -1), *operands), setting.backend)
-    return f"lora_linear on {chosen}"
+    if not arguments.values:
+        return f"lora_linear on {chosen}"
+    delta = (arguments.values[0], arguments.indices[0], arguments.delta_scaling[0])
+    backend = registry.choose("sparse_delta", row, row, *delta, backend=setting.backend).backend
+    elsewhere = "" if chosen.split()[0] == backend else f", deltas on {backend}"
+    return f"sparse_delta_linear on {chosen}{elsewhere}"
 
 
 def _weight_notes(base: nn.Module, weight: Tensor | QuantizedTensor) -> list[str]:
@@ -185,7 +198,7 @@ def _weight_notes(base: nn.Module, weight: Tensor | QuantizedTensor) -> list[str
 
 def _is_decoded_wrongly_by_bitsandbytes(base: nn.Module, weight: Tensor | QuantizedTensor) -> bool:
     # its CPU kernel takes rows that are no whole number of blocks as if each began a new block
-    if not _is_swapped_base(base) or not isinstance(weight, QuantizedTensor) or weight.format == "int8":
+    if not _is_of_bitsandbytes(base) or not isinstance(weight, QuantizedTensor) or weight.format == "int8":
         return False
     columns = weight.shape[1]
     return weight.device.type == "cpu" and columns % 16 == 0 and columns % weight.block_size != 0
@@ -197,9 +210,9 @@ def _is_decoded_wrongly_by_bitsandbytes(base: nn.Module, weight: Tensor | Quanti
 def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
     if not _is_a(module, "peftkern.nn.quantized_linear", "QuantizedLinear"):
         return Finding(name, module, _left(name, module, "dense, no adapter"))
-    weight = read_weight(module)
-    kernel = _kernel(LayerArguments(module, weight, module.bias), setting)
-    return Finding(name, module, _fused(name, module, weight, kernel, ["a module of peftkern, runs it unpatched"]))
+    arguments = LayerArguments(module, read_weight(module), module.bias)
+    kernel = _kernel(arguments, setting)
+    return Finding(name, module, _fused(name, module, arguments, kernel, ["a module of peftkern, runs it unpatched"]))
 
 
 def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
@@ -221,11 +234,11 @@ def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) ->
     try:
         if has_own_forward(module):
             raise NotFused(OWN_FORWARD)
-        weight = read_weight(module)
+        arguments = with_deltas(module, read_weight(module))
     except NotFused as refusal:
         return Finding(name, module, _left(name, module, str(refusal), wanted=True))
-    arguments = LayerArguments(module, weight, getattr(module, "bias", None))
-    row = _fused(name, module, weight, _kernel(arguments, setting), [note, *_weight_notes(module, weight)])
+    notes = ["" if arguments.values else note, *_weight_notes(module, arguments.weight)]
+    row = _fused(name, module, arguments, _kernel(arguments, setting), notes)
     return Finding(name, module, row, fused.fused_class(original_class(type(module))), arguments)
 
 
@@ -241,12 +254,12 @@ def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
     layer_class = fused.fused_class(original_class(type(layer)))
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     try:
-        arguments = with_adapters(LayerArguments(layer.base_layer, weight, layer.base_layer.bias), layer, active)
+        arguments = with_adapters(with_deltas(layer.base_layer, weight), layer, active)
     except NotFused as refusal:
         # swapped all the same: other adapters may become active, and merging may need it
         return Finding(name, layer, _left(name, layer, str(refusal), _describe(weight), wanted=True), layer_class)
     notes = [_idle_note(layer), *_weight_notes(layer.base_layer, weight)]
-    row = _fused(name, layer, weight, _kernel(arguments, setting), notes)
+    row = _fused(name, layer, arguments, _kernel(arguments, setting), notes)
     return Finding(name, layer, row, layer_class, arguments if running_adapters(layer) else None)
 
 
@@ -276,11 +289,30 @@ def _in_features(findings: Iterable[Finding]) -> dict[str, int]:
     }
 
 
-def _in_group(members: Sequence[Finding], group: tuple[str, ...], setting: _Setting) -> list[Finding]:
+def _in_group(members: Sequence[Finding], setting: _Setting) -> list[Finding]:
     """``members``, which share their input, with the kernel that runs them as one, if there is one."""
-    together = [finding.arguments for finding in members if finding.arguments is not None]
-    kernel = _group_kernel(together, setting)
-    return [replace(finding, group=group, row=_row_in_group(finding, kernel)) for finding in members]
+    together = [finding for finding in members if not _has_deltas(finding.module)]
+    alone = [finding for finding in members if _has_deltas(finding.module)]
+    if alone and _group_kernel(_running(members), setting) is not None:
+        alone = [replace(finding, row=_row_alone(finding)) for finding in alone]
+    if len(together) < 2:
+        return [*together, *alone]
+    group, kernel = tuple(finding.name for finding in together), _group_kernel(_running(together), setting)
+    return [*(replace(finding, group=group, row=_row_in_group(finding, kernel)) for finding in together), *alone]
+
+
+def _has_deltas(layer: nn.Module) -> bool:
+    return bool(deltas_of(getattr(layer, "base_layer", layer)))
+
+
+def _running(members: Sequence[Finding]) -> list[LayerArguments]:
+    return [finding.arguments for finding in members if finding.arguments is not None]
+
+
+def _row_alone(finding: Finding) -> PatchRow | None:
+    if finding.row is None:
+        return None
+    return replace(finding.row, reason="; ".join(filter(None, [finding.row.reason, DELTAS_ALONE])))
 
 
 def _group_kernel(together: Sequence[LayerArguments], setting: _Setting) -> str | None:

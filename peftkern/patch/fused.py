@@ -4,6 +4,7 @@ Nothing of a layer but its class changes: parameters, buffers, hooks, names and 
 a fused layer needs sits in one entry of its `__dict__`, and goes when the layer is unpatched.
 
     y = x Wᵀ + Σᵢ sᵢ (Dᵢ(x) Aᵢᵀ) Bᵢᵀ + b + Σᵢ sᵢ bᵢ          i over the active adapters of this layer
+           + Σₖ sₖ x Sₖᵀ                                     k over the sparse deltas of its base layer
     y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
                                                              fused too, its input is not kept but made again
 
@@ -25,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import QuantizedTensor
+from peftkern.nn.sparse_linear import class_with_deltas, under_deltas
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear
 from peftkern.ops.silu_mul import silu_mul
+from peftkern.ops.sparse_delta_linear import sparse_delta_linear
 from peftkern.patch import merging
 from peftkern.patch.arguments import (
     LayerArguments,
@@ -124,7 +127,8 @@ def fused_class(original: type) -> type | None:
         return None
 
     def reduce(self: Any, _protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (original,), self.__getstate__()
+        under = under_deltas(original)
+        return _rebuild, (under, under is not original), self.__getstate__()
 
     namespace = {
         "__module__": __name__,
@@ -138,9 +142,9 @@ def fused_class(original: type) -> type | None:
     return fused
 
 
-def _rebuild(original: type) -> Any:
+def _rebuild(original: type, with_deltas: bool = False) -> Any:
     """An empty instance of the fused class, for `pickle` and `copy`, which then fill in its state."""
-    layer_class = fused_class(original)
+    layer_class = fused_class(class_with_deltas(original) if with_deltas else original)
     if layer_class is None:
         raise TypeError(f"{original.__name__} was patched where it was saved, and its forward is not known here")
     return object.__new__(layer_class)
@@ -152,7 +156,8 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
     if is_gated_mlp(original):
         return {"forward": _gated_forward}
     kind = base_kind(original)
-    return {"forward": _base_forward(original)} if kind is not None and kind.swap else None
+    has_deltas = under_deltas(original) is not original
+    return {"forward": _base_forward(original)} if kind is not None and (kind.swap or has_deltas) else None
 
 
 # ---- forwards
@@ -211,6 +216,9 @@ def _gated_down(block: Any, gate: Tensor, up: Tensor) -> Tensor:
         arguments.scaling,
         arguments.total_bias(),
         arguments.dropout_p,
+        values=arguments.values,
+        indices=arguments.indices,
+        delta_scaling=arguments.delta_scaling,
         backend=block.down_proj.__dict__[STATE].backend,
     )
 
@@ -228,7 +236,7 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
         arguments = read_layer(down, gate)
     except NotFused:  # whatever runs instead says why
         return None
-    keeps_input = any(lora_A.requires_grad for lora_A in arguments.lora_A)
+    keeps_input = any(tensor.requires_grad for tensor in (*arguments.lora_A, *arguments.values))
     return arguments if keeps_input and arguments.compute_dtype(gate.dtype) == gate.dtype else None
 
 
@@ -301,6 +309,21 @@ def _check_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
 
 def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
     state = layer.__dict__[STATE]
+    if arguments.values:
+        y = sparse_delta_linear(
+            arguments.to_compute(x),
+            arguments.weight,
+            arguments.values,
+            arguments.indices,
+            arguments.delta_scaling,
+            arguments.lora_A,
+            arguments.lora_B,
+            arguments.scaling,
+            arguments.total_bias(),
+            arguments.dropout_p,
+            backend=state.backend,
+        )
+        return arguments.from_compute(y, x)
     if state.shared is not None and not torch.compiler.is_compiling():
         y = state.shared.output(layer, x, arguments)
         if y is not None:

@@ -29,6 +29,8 @@ class PatchRow:
         calls_left: calls since it was patched that the fused path did not take, by reason.
         unused: outputs that the layers which share its input computed for it and nobody asked for. Once that happens
             in a block, its layers run one by one.
+        entries: of the sparse deltas that act in it now.
+        density: their share of the entries of the weight.
     """
 
     module: str
@@ -40,6 +42,8 @@ class PatchRow:
     wanted: bool = False
     calls_left: Mapping[str, int] = field(default_factory=dict)
     unused: int = 0
+    entries: int = 0
+    density: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,9 @@ def _format_group(rows: list[PatchRow], footnotes: dict[str, str]) -> tuple[str,
     calls: Counter[str] = Counter()
     for row in rows:
         calls.update(row.calls_left)
-    remarks = [_short(first.reason, footnotes)] if first.reason else []
+    entries, density = sum(row.entries for row in rows), sum(row.density for row in rows) / len(rows)
+    remarks = [f"{entries} sparse entries, {density:.3g} of them all"] if entries else []
+    remarks += [_short(first.reason, footnotes)] if first.reason else []
     remarks += [f"{count} calls left: {_short(why, footnotes)}" for why, count in calls.items()]
     unused = sum(row.unused for row in rows)
     remarks += [f"outputs unused: {unused}, runs alone"] if unused else []
