@@ -107,7 +107,7 @@ def sparse_delta_linear(
     """
     adapters = check_adapters(lora_A, lora_B, lora_scaling, dropout_p)
     check_call(x, weight, adapters, bias)
-    deltas = _checked_deltas("sparse_delta_linear", values, indices, scaling, weight.shape, x.device)
+    deltas = checked_deltas("sparse_delta_linear", values, indices, scaling, weight.shape, x.device)
     x = in_autocast_dtype(x)
     seed = dropout.draw_seed() if any(adapters.dropout_p) else None
     lora = (*adapters.lora_A, *adapters.lora_B)
@@ -156,7 +156,7 @@ def add_sparse_delta(
     if y.device != x.device:
         raise ValueError(f"add_sparse_delta: y is on {y.device} and x on {x.device}; move one of them")
     shape = torch.Size((y.shape[-1], x.shape[-1]))
-    deltas = _checked_deltas("add_sparse_delta", values, indices, scaling, shape, x.device)
+    deltas = checked_deltas("add_sparse_delta", values, indices, scaling, shape, x.device)
     if is_plain_eager((y, x, *deltas.tensors())):
         return _apply_add(y, x, (deltas.indices, deltas.scaling, backend), *deltas.values)
     return _add_by_operator(y.clone() if not deltas.values else y, x, deltas, backend)
@@ -174,7 +174,7 @@ def _check_tensor(operation: str, name: str, value: Any) -> None:
         raise ValueError(f"{operation}: {name} must be dense, got {value.layout}; use {name}.to_dense()")
 
 
-def _checked_deltas(
+def checked_deltas(
     operation: str, values: Any, indices: Any, scaling: Any, shape: torch.Size, device: torch.device
 ) -> Deltas:
     if isinstance(values, Tensor):
@@ -274,20 +274,20 @@ def sparse_delta_backward_reference(
 # ---- eager calls
 
 
-def _versions(indices: Sequence[SparseIndices]) -> list[int | None]:
+def index_versions(indices: Sequence[SparseIndices]) -> list[int | None]:
     tensors = [tensor for index in indices for tensor in index.tensors()]
     return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _check_index_versions(indices: Sequence[SparseIndices], versions: Sequence[int | None]) -> None:
-    if _versions(indices) != versions:
+def check_index_versions(indices: Sequence[SparseIndices], versions: Sequence[int | None]) -> None:
+    if index_versions(indices) != versions:
         raise RuntimeError(
             "sparse_delta: an index set was modified in place between the forward and the backward pass, which needs "
             "it as it was; modify it after backward, or call the layer again"
         )
 
 
-def _backward_deltas(
+def backward_deltas(
     grad: Tensor,
     x: Tensor | None,
     grad_x: Tensor | None,
@@ -319,7 +319,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
             registry.run("sparse_delta", y, x_, *delta, backend=backend)
         # not among the saved tensors, whose hooks would copy or offload what stays where it is anyway
         ctx.call = (*call[:5], backend)
-        ctx.versions = (weight_versions(weight), _versions(indices))
+        ctx.versions = (weight_versions(weight), index_versions(indices))
         need_saved_x = any(ctx.needs_input_grad[3 : 3 + count + adapters_count])
         ctx.save_for_backward(x if need_saved_x else None, seed, h, *tensors)
         # not a view in autograd's eyes: the output of an operator may be modified in place, a view may not
@@ -330,7 +330,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, indices, scaling, lora_scaling, dropout_p, backend = ctx.call
         check_versions(weight, ctx.versions[0])
-        _check_index_versions(indices, ctx.versions[1])
+        check_index_versions(indices, ctx.versions[1])
         x, seed, h, *tensors = ctx.saved_tensors
         count, adapters_count = len(indices), len(lora_scaling)
         lora = tensors[count:]
@@ -345,7 +345,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
                 "lora_linear_backward", grad_, x_, weight, adapters, h, need_x, need_lora, backend=backend
             )
         deltas = Deltas(tensors[:count], indices, scaling)
-        grad_values = _backward_deltas(grad_, x_, grad_x, deltas, need_values, backend)
+        grad_values = backward_deltas(grad_, x_, grad_x, deltas, need_values, backend)
         if grad_x is not None:
             grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
         grad_bias = bias_gradient(grad) if ctx.needs_input_grad[1] else None
@@ -361,7 +361,7 @@ class _AddSparseDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, call: tuple[Any, ...], *values: Tensor) -> Tensor:
         indices, scaling, backend = call
-        ctx.call, ctx.versions, ctx.x_dtype = call, _versions(indices), x.dtype
+        ctx.call, ctx.versions, ctx.x_dtype = call, index_versions(indices), x.dtype
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *values)
         return _added(y, x, Deltas(list(values), indices, scaling), backend)
 
@@ -369,7 +369,7 @@ class _AddSparseDelta(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, scaling, backend = ctx.call
-        _check_index_versions(indices, ctx.versions)
+        check_index_versions(indices, ctx.versions)
         x, *values = ctx.saved_tensors
         need_y, need_x = ctx.needs_input_grad[:2]
         grad = grad.resolve_neg()
@@ -377,7 +377,7 @@ class _AddSparseDelta(torch.autograd.Function):
         grad_x = _zeros_like_x(grad, indices[0].shape[1], ctx.x_dtype) if need_x and indices else None
         need_values = ctx.needs_input_grad[3:]
         x_, grad_x_ = (None if matrix is None else as_matrix(matrix) for matrix in (x, grad_x))
-        grad_values = _backward_deltas(as_matrix(grad), x_, grad_x_, deltas, need_values, backend)
+        grad_values = backward_deltas(as_matrix(grad), x_, grad_x_, deltas, need_values, backend)
         return grad if need_y else None, grad_x, None, *grad_values
 
 
@@ -438,7 +438,7 @@ def _backward_operator(grad: Tensor, x: Tensor | None, values: Tensor, *argument
     grad_x = _zeros_like_x(grad, in_features, x_dtype) if need_x else None
     x_, grad_x_ = (None if matrix is None else as_matrix(matrix) for matrix in (x, grad_x))
     deltas = Deltas([values], [indices], [scaling])
-    grad_values = _backward_deltas(as_matrix(grad), x_, grad_x_, deltas, [need_values], backend)
+    grad_values = backward_deltas(as_matrix(grad), x_, grad_x_, deltas, [need_values], backend)
     return [gradient for gradient in (grad_x, *grad_values) if gradient is not None]
 
 
