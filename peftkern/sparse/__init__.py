@@ -12,14 +12,20 @@ if TYPE_CHECKING:
     from peftkern.sparse.layers import disabled as disabled
     from peftkern.sparse.layers import linear_layers as linear_layers
     from peftkern.sparse.layers import set_active as set_active
+    from peftkern.sparse.merging import merge as merge
+    from peftkern.sparse.merging import unmerge as unmerge
+    from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
+    "SparseUpdate": "peftkern.sparse.update",
     "attach": "peftkern.sparse.layers",
     "deltas": "peftkern.sparse.layers",
     "detach": "peftkern.sparse.layers",
     "disabled": "peftkern.sparse.layers",
     "linear_layers": "peftkern.sparse.layers",
+    "merge": "peftkern.sparse.merging",
     "set_active": "peftkern.sparse.layers",
+    "unmerge": "peftkern.sparse.merging",
 }
 
 

@@ -24,6 +24,7 @@ from peftkern.nn.sparse_linear import SparseDelta, SparseDeltas, class_with_delt
 from peftkern.ops.lora_linear import FLOAT_DTYPES
 from peftkern.patch import fused
 from peftkern.patch.weights import original_class
+from peftkern.sparse.fingerprint import remember_base
 
 _READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with the weights of the layers in them, without calling these."""
@@ -73,6 +74,7 @@ def attach(
     for layer_name, layer in layers.items():
         own = None if values is None else values[layer_name]
         made[layer_name] = _make(layer_name, layer, indices[layer_name], own, scaling, dtype)
+    remember_base(model)
     for layer_name, layer in layers.items():
         _add(layer, name, made[layer_name])
     return made
