@@ -112,9 +112,7 @@ class Fingerprint:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"the fingerprint of the base model cannot be read ({reason})") from None
         if not all(isinstance(word, str) for word in words):
-            raise ValueError(
-                "the fingerprint of the base model cannot be read (model, architecture, layers: no text)"
-            )
+            raise ValueError("the fingerprint of the base model cannot be read (model, architecture, layers: no text)")
         model, architecture, layers = words
         return cls(model, architecture, layers, samples)
 
