@@ -29,6 +29,7 @@ def imported_packages(file: Path) -> set[str]:
 
 def test_no_layer_imports_a_higher_one() -> None:
     found = {layer: set[str]().union(*map(imported_packages, (ROOT / layer).rglob("*.py"))) for layer in LAYERS}
+    assert all(found.values())
     for position, layer in enumerate(LAYERS):
         assert not found[layer] & set(LAYERS[position + 1 :]), layer
 
