@@ -21,7 +21,6 @@ PAIRS = 3
 STEPS = 2  # the optimizer's state exists from the end of the first one
 
 PEAK, PEAK_OF_STEPS, AFTER_LOADING = "peak, loading and steps", "peak of the steps", "after loading"
-_LOADERS = {"ours": smollm2.load_ours, "peer": smollm2.load_peer}
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
@@ -57,9 +56,12 @@ def reset_peak() -> None:
 
 
 def train_and_watch(side: str, folder: str, steps: int, batch: int, length: int) -> dict[str, float]:
-    """Load one side's model in this process, train it, and report resident memory in MB. Runs in a fresh process."""
+    """Load one of `smollm2.LOOPS` in this process, train it, and report resident memory in MB.
+
+    Runs in a fresh process.
+    """
     batches = smollm2.make_batches(folder, steps, batch, length)
-    loop = smollm2.Loop(_LOADERS[side](folder))
+    loop = smollm2.LOOPS[side](folder)
     after_loading, loading_peak = resident_megabytes("VmRSS"), resident_megabytes("VmHWM")
     reset_peak()
     for ids in batches:
@@ -75,11 +77,13 @@ def measure_memory(
     steps: int = STEPS,
     batch: int = smollm2.BATCH,
     length: int = smollm2.LENGTH,
+    ours: str = "ours",
+    peer: str = "peer",
 ) -> list[Measurement]:
-    """Run both sides in turn in fresh processes, ``pairs`` times; one measurement per figure."""
-    samples: dict[str, list[dict[str, float]]] = {side: [] for side in _LOADERS}
+    """Run two of `smollm2.LOOPS` in turn in fresh processes, ``pairs`` times; one measurement per figure."""
+    samples: dict[str, list[dict[str, float]]] = {peer: [], ours: []}
     for _ in range(pairs):
-        for side in ("peer", "ours"):
+        for side in samples:
             samples[side].append(_one_run(side, checkpoint.folder, setting, steps, batch, length))
     note = f", {checkpoint.note}" if checkpoint.note else ""
     return [
@@ -87,8 +91,8 @@ def measure_memory(
             f"{figure}, batch {batch} x {length} ({setting}){note}",
             "MB",
             Quantity.MEMORY,
-            [sample[figure] for sample in samples["ours"]],
-            [sample[figure] for sample in samples["peer"]],
+            [sample[figure] for sample in samples[ours]],
+            [sample[figure] for sample in samples[peer]],
         )
         for figure in (PEAK, PEAK_OF_STEPS, AFTER_LOADING)
     ]

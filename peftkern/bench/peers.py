@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.backends import registry
 from peftkern.bench.errors import DisagreementError
 
 RANK = 16
@@ -62,6 +64,20 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def on_reference() -> Iterator[None]:
+    """In this context every operation runs on the reference backend."""
+    before = os.environ.get(registry.ENVIRONMENT_VARIABLE)
+    os.environ[registry.ENVIRONMENT_VARIABLE] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[registry.ENVIRONMENT_VARIABLE]
+        else:
+            os.environ[registry.ENVIRONMENT_VARIABLE] = before
 
 
 class OneLinear(nn.Module):

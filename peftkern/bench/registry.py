@@ -81,6 +81,24 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.memory:cases",
         ),
         Benchmark(
+            "sparse-step",
+            "time and memory of that step with sparse deltas, beside our own step with LoRA",
+            "peftkern.bench.sparse_step:cases",
+            packages=("peft",),
+        ),
+        Benchmark(
+            "sparse-state",
+            "gradients and optimizer state of sparse deltas, beside those of dense weights",
+            "peftkern.bench.sparse_step:state_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "hft-step",
+            "a step of half fine-tuning of SmolLM2-135M, dense fp32, beside full fine-tuning by PyTorch",
+            "peftkern.bench.half_step:cases",
+            packages=(),
+        ),
+        Benchmark(
             "quantize",
             "NF4 quantize and dequantize of a 4096x4096 weight",
             "peftkern.bench.quantize:cases",

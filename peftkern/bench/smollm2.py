@@ -1,11 +1,11 @@
-"""SmolLM2-135M on both sides: the same checkpoint, quantized by the peer and by us, with the same adapter."""
+"""SmolLM2-135M in every form that is measured: the same checkpoint, quantized by the peer or by us, or dense."""
 
 from __future__ import annotations
 
 import importlib.util
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import peftkern
 from peftkern.bench import peers
 from peftkern.bench.errors import BenchError
 
 BATCH, LENGTH = 4, 256
 LEARNING_RATE = 2e-4
+SPARSE_DENSITY = 0.005  # of the linear weights
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,45 @@ def load_peer(folder: str) -> Any:
 
 def load_ours(folder: str) -> Any:
     """The same through ``QuantConfig``, patched."""
-    from transformers import AutoModelForCausalLM
-
-    import peftkern
-
-    config = peftkern.QuantConfig("nf4", double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    adapted = _with_seeded_adapter(model)
+    adapted = _with_seeded_adapter(_load_quantized(folder))
     peftkern.patch(adapted, strict=True)
     return adapted
+
+
+def load_sparse(folder: str, density: float = SPARSE_DENSITY) -> Any:
+    """The same weights with sparse deltas in place of the adapter: random entries of all linears, patched."""
+    from peftkern import sparse
+    from peftkern.formats.sparse_indices import SparseIndices
+
+    model = _load_quantized(folder)
+    model.config.use_cache = False
+    generator = torch.Generator().manual_seed(0)
+    indices = {}
+    for name, layer in sparse.linear_layers(model).items():
+        shape = (int(layer.out_features), int(layer.in_features))  # type: ignore[arg-type]
+        entries = torch.randperm(shape[0] * shape[1], generator=generator)[: round(density * shape[0] * shape[1])]
+        indices[name] = SparseIndices.from_flat(entries.sort().values, shape)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    sparse.attach(model, indices)
+    peftkern.patch(model, strict=True)
+    return model.train()
+
+
+def load_dense(folder: str) -> Any:
+    """The float32 model, all of it trained, as PyTorch runs it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.config.use_cache = False
+    return model.train()
+
+
+def _load_quantized(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = peftkern.QuantConfig("nf4", double_quant=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
 
 
 def _with_seeded_adapter(model: Any) -> Any:
@@ -133,12 +165,12 @@ def _random_ids(folder: str, needed: int) -> Tensor:
 class Loop:
     """A training step: forward, loss, backward, AdamW. Nothing else, so that it is the same code on both sides."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.model = model
-        self.optimizer = torch.optim.AdamW(peers.trainable(model).values(), lr=LEARNING_RATE)
+        self.optimizer = optimizer or torch.optim.AdamW(peers.trainable(model).values(), lr=LEARNING_RATE)
 
     def loss_and_gradients(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on ``ids``, int64 [batch, length], and the gradients of the adapter; changes no parameter."""
+        """The loss on ``ids``, int64 [batch, length], and the gradients of what is trained; changes no parameter."""
         parameters = peers.trainable(self.model)
         loss = self.model(input_ids=ids, labels=ids).loss
         gradients = torch.autograd.grad(loss, list(parameters.values()))
@@ -151,3 +183,43 @@ class Loop:
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+    def training_bytes(self) -> dict[str, int]:
+        """Bytes of the gradients and of the optimizer's state, as the last step left them."""
+        parameters = list(peers.trainable(self.model).values())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        state = [
+            value
+            for parameter in parameters
+            for value in self.optimizer.state[parameter].values()
+            if isinstance(value, Tensor) and value.numel() > 1  # PyTorch counts the steps in a tensor
+        ]
+        return {"gradients": _bytes(gradients), "optimizer state": _bytes(state)}
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def dense_loop(folder: str) -> Loop:
+    """Full fine-tuning as PyTorch does it: every parameter, fused AdamW."""
+    model = load_dense(folder)
+    return Loop(model, torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True))
+
+
+def half_loop(folder: str, embeddings: str) -> Loop:
+    """Half fine-tuning of the same model. ``embeddings``: ``"train"`` or ``"freeze"``."""
+    model = load_dense(folder)
+    method = peftkern.HalfFineTuning(embeddings=embeddings)
+    method.prepare(model)
+    loop = Loop(model, peftkern.optim.AdamW(method.parameters(), lr=LEARNING_RATE))
+    method.start(loop.optimizer)
+    return loop
+
+
+LOOPS: Mapping[str, Callable[[str], Loop]] = {
+    "ours": lambda folder: Loop(load_ours(folder)),
+    "peer": lambda folder: Loop(load_peer(folder)),
+    "sparse": lambda folder: Loop(load_sparse(folder)),
+}
+"""What `peftkern.bench.memory` runs, each in a process of its own."""

@@ -14,12 +14,14 @@ from peftkern.bench import (
     DisagreementError,
     Effort,
     Quantity,
+    half_step,
     linear,
     loss,
     measure,
     memory,
     peers,
     smollm2,
+    sparse_step,
     step,
 )
 from peftkern.bench import quantize as quantize_cases
@@ -108,6 +110,63 @@ def test_memory_runs_both_sides_in_fresh_processes(checkpoint: smollm2.Checkpoin
     for side in ("ours", "peer"):
         assert getattr(peak, side)[0] >= getattr(steps, side)[0] >= 50
         assert getattr(loading, side)[0] >= 50
+
+
+def test_a_sparse_step_agrees_with_the_reference_and_trains_deltas_alone(checkpoint: smollm2.Checkpoint) -> None:
+    case = sparse_step.setup_step(checkpoint, batch=2, length=16, effort=ONCE)
+    case.check()
+    measurement = measure(case)
+    assert case.case.startswith("sparse deltas 0.5% | LoRA r=16")
+    assert len(measurement.ours) == len(measurement.peer) == 1
+
+
+def test_a_sparse_step_notices_a_wrong_result(checkpoint: smollm2.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = sparse_step.setup_step(checkpoint, batch=2, length=16, effort=ONCE)
+    right, calls = smollm2.Loop.loss_and_gradients, iter((1.0, 1.1))
+
+    def wrong(self: smollm2.Loop, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss, gradients = right(self, ids)
+        factor = next(calls)
+        return loss, {name: factor * gradient for name, gradient in gradients.items()}
+
+    monkeypatch.setattr(smollm2.Loop, "loss_and_gradients", wrong)
+    with pytest.raises(DisagreementError, match="gradient of"):
+        case.check()
+
+
+def test_sparse_memory_runs_both_sides(checkpoint: smollm2.Checkpoint) -> None:
+    rows = memory.measure_memory(
+        checkpoint, "freed memory returned", pairs=1, steps=1, batch=1, length=8, ours="sparse", peer="ours"
+    )
+    assert all(row.ours[0] >= 50 and row.peer[0] >= 50 for row in rows)
+
+
+def test_sparse_state_is_proportional_to_the_entries(checkpoint: smollm2.Checkpoint) -> None:
+    rows = list(sparse_step.measure_state(checkpoint, densities=(0.01, 0.02), length=8))
+    gradients, state, twice_gradients, twice_state = (row.ours[0] for row in rows)
+    assert state == 2 * gradients
+    assert twice_gradients == pytest.approx(2 * gradients, rel=1e-2)
+    assert twice_state == pytest.approx(2 * state, rel=1e-2)
+    assert gradients == pytest.approx(0.01 * rows[0].peer[0], rel=1e-2)
+
+
+def test_sparse_state_notices_state_of_dense_size(
+    checkpoint: smollm2.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse_step, "BYTES_PER_ENTRY", {"gradients": 8})
+    with pytest.raises(DisagreementError, match="proportional"):
+        list(sparse_step.measure_state(checkpoint, densities=(0.01,), length=8))
+
+
+@pytest.mark.parametrize("embeddings", half_step.EMBEDDINGS)
+def test_a_half_step_agrees_with_full_fine_tuning(checkpoint: smollm2.Checkpoint, embeddings: str) -> None:
+    case, half, full = half_step.setup_step(checkpoint, embeddings, batch=2, length=16, effort=ONCE)
+    case.check()
+    measure(case)
+    ours, peer = half.training_bytes(), full.training_bytes()
+    trained = sum(p.numel() for p in peers.trainable(half.model).values())
+    assert ours == {"gradients": 4 * trained, "optimizer state": 8 * trained}
+    assert peer["gradients"] == 4 * sum(p.numel() for p in full.model.parameters())
 
 
 def test_peak_of_memory_can_be_read_and_reset() -> None:

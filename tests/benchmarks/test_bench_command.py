@@ -19,6 +19,9 @@ NAMES = [
     "linear-nf4-bf16",
     "step-smollm2",
     "memory-smollm2",
+    "sparse-step",
+    "sparse-state",
+    "hft-step",
     "quantize",
     "loss-parity",
 ]
