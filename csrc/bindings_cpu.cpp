@@ -71,10 +71,15 @@ std::vector<cpu::LowRank> to_low_rank(const std::vector<LowRankTuple>& tuples) {
 // (data, dtype, token_stride, feature_stride, dropout)
 using ActivationsTuple = std::tuple<uintptr_t, int, int64_t, int64_t, DropoutTuple>;
 
+// (bits, row_stride); an address of 0 keeps everything
+using MaskTuple = std::tuple<uintptr_t, int64_t>;
+
+BitMask to_mask(const MaskTuple& t) { return {pointer<uint8_t>(std::get<0>(t)), std::get<1>(t)}; }
+
 void product(const std::string& isa, const ActivationsTuple& activations, int64_t tokens, const WeightTuple& weight,
-             const DropoutTuple& weight_dropout, bool transposed, float alpha,
+             const MaskTuple& weight_mask, const DropoutTuple& weight_dropout, bool transposed, float alpha,
              const std::vector<LowRankTuple>& low_rank, uintptr_t bias, uintptr_t out, int out_dtype,
-             int64_t out_stride, int precision, int threads) {
+             int64_t out_stride, const MaskTuple& out_mask, int precision, int threads) {
   // Tensors without memory of their own (meta tensors, wrapper subclasses) have address 0.
   if (std::get<0>(activations) == 0 || std::get<0>(weight) == 0 || out == 0)
     throw std::invalid_argument("product: activations, weight and out must have memory on the CPU");
@@ -83,6 +88,7 @@ void product(const std::string& isa, const ActivationsTuple& activations, int64_
   p.activations = {pointer<void>(std::get<0>(activations)), static_cast<DType>(std::get<1>(activations)),
                    std::get<2>(activations), std::get<3>(activations), to_dropout(std::get<4>(activations))};
   p.weight = to_weight(weight);
+  p.weight.mask = to_mask(weight_mask);
   p.weight_dropout = to_dropout(weight_dropout);
   p.transposed = transposed;
   p.tokens = tokens;
@@ -93,6 +99,7 @@ void product(const std::string& isa, const ActivationsTuple& activations, int64_
   p.out = reinterpret_cast<void*>(out);
   p.out_dtype = static_cast<DType>(out_dtype);
   p.out_stride = out_stride;
+  p.out_mask = to_mask(out_mask);
   p.precision = static_cast<cpu::Precision>(precision);
   p.threads = threads;
   const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
@@ -189,8 +196,9 @@ PYBIND11_MODULE(_cpu, module) {
       [](uintptr_t data, size_t bytes) { cpu::advise_huge_pages(reinterpret_cast<void*>(data), bytes); },
       py::arg("data"), py::arg("bytes"), "Hints that this buffer will be written as a whole.");
   module.def("product", &product, py::arg("isa"), py::arg("activations"), py::arg("tokens"), py::arg("weight"),
-             py::arg("weight_dropout"), py::arg("transposed"), py::arg("alpha"), py::arg("low_rank"), py::arg("bias"),
-             py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"), py::arg("precision"), py::arg("threads"),
+             py::arg("weight_mask"), py::arg("weight_dropout"), py::arg("transposed"), py::arg("alpha"),
+             py::arg("low_rank"), py::arg("bias"), py::arg("out"), py::arg("out_dtype"), py::arg("out_stride"),
+             py::arg("out_mask"), py::arg("precision"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct Product, says what is computed.");
   module.def("quantize", &quantize, py::arg("isa"), py::arg("values"), py::arg("dtype"), py::arg("elements"),
              py::arg("block_size"), py::arg("encoding"), py::arg("bounds"), py::arg("codes"), py::arg("grid"),

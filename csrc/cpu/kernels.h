@@ -38,7 +38,7 @@ struct LowRank {
 };
 
 // out[t, o] = alpha * (sum_f activations[t, f] * W(o, f) + low-rank terms) + bias[o]
-// with W(o, f) = weight[o, f], or weight[f, o] when `transposed`.
+// with W(o, f) = weight[o, f], or weight[f, o] when `transposed`; zero where `out_mask` does not keep it.
 struct Product {
   Activations activations;
   Weight weight;
@@ -52,6 +52,7 @@ struct Product {
   void* out = nullptr;
   DType out_dtype = DType::float32;
   int64_t out_stride = 0;
+  BitMask out_mask;
   Precision precision = Precision::float32;
   int threads = 1;
 };

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import registry
-from peftkern.formats import QuantizedTensor, codebook
+from peftkern.formats import BitMask, QuantizedTensor, codebook
 from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.quantize import assemble, dynamic_grid, four_bit_bounds, quantize_scales
@@ -36,6 +36,7 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 _DTYPE_CODE = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ENCODING_CODE = {"nf4": 3, "fp4": 3, "int8_blockwise": 4, "int8": 5}
 _NO_DROPOUT = (0, 0, 0.0)
+_NO_MASK = (0, 0)
 
 
 # ---- what is there
@@ -179,11 +180,17 @@ def _weight_tuple(weight: Weight, exact_int8: bool = False) -> tuple[tuple[Any, 
     return (*head, *block, *tail), [packed, scales, book, scale_book, absmax]
 
 
+def _mask_tuple(mask: BitMask | None) -> tuple[int, int]:
+    return _NO_MASK if mask is None else (mask.bits.data_ptr(), mask.bits.shape[1])
+
+
 def _product(
     activations: Tensor,
     weight: tuple[Any, ...],
     out: Tensor,
     *,
+    mask: BitMask | None = None,
+    out_mask: BitMask | None = None,
     transposed: bool = False,
     turned: bool = False,
     dropout: tuple[int, int, float] = _NO_DROPOUT,
@@ -195,7 +202,8 @@ def _product(
 ) -> None:
     """``out = alpha * (activations Wᵀ + low-rank terms) + bias``; W itself where ``transposed``.
 
-    ``turned`` takes the activations' transpose. Strides are read off the tensors.
+    ``turned`` takes the activations' transpose. Strides are read off the tensors. W counts where ``mask`` keeps it, and
+    ``out`` is zero where ``out_mask`` does not; their bits are contiguous.
     """
     strides = (_row_stride(activations), 1)
     native.product(
@@ -203,6 +211,7 @@ def _product(
         (activations.data_ptr(), _DTYPE_CODE[activations.dtype], *(strides[::-1] if turned else strides), dropout),
         activations.shape[1] if turned else activations.shape[0],
         weight,
+        _mask_tuple(mask),
         weight_dropout,
         transposed,
         alpha,
@@ -211,6 +220,7 @@ def _product(
         out.data_ptr(),
         _DTYPE_CODE[out.dtype],
         _row_stride(out),
+        _mask_tuple(out_mask),
         precision,
         torch.get_num_threads(),
     )
@@ -332,6 +342,12 @@ def _supports_backward(grad: Tensor, _x: Tensor | None, weight: Weight, *_rest: 
 @registry.register("lora_linear", "cpu", supports=_supports_forward)
 def lora_linear(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Forward; see :func:`peftkern.ops.lora_linear.lora_linear_reference` for shapes."""
+    return _forward(x, weight, None, adapters, bias)
+
+
+def _forward(
+    x: Tensor, weight: Weight, mask: BitMask | None, adapters: Adapters, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     x = _rows(x)
     splits, masks = adapters.splits(), _dropout_tuples(adapters)
     y = _new(x, x.shape[0], weight.shape[0])
@@ -347,7 +363,7 @@ def lora_linear(x: Tensor, weight: Weight, adapters: Adapters, bias: Tensor | No
     weight_tuple, weight_alive = _weight_tuple(weight)
     bias = None if bias is None else _float32(bias)
     precision = product_precision(x.dtype, chosen_isa())
-    _product(x, weight_tuple, y, low_rank=low_rank, bias=bias, precision=precision)
+    _product(x, weight_tuple, y, mask=mask, low_rank=low_rank, bias=bias, precision=precision)
     del alive, weight_alive
     return y, h
 
@@ -367,6 +383,19 @@ def lora_linear_backward(
     need_lora: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Backward; see :func:`peftkern.ops.lora_linear.lora_linear_backward_reference` for shapes."""
+    return _backward(grad, x, weight, None, adapters, h, need_x, need_lora)
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    mask: BitMask | None,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
     count = len(adapters)
     need_A, need_B = need_lora[:count], need_lora[count:]
     if grad.shape[0] == 0:
@@ -379,7 +408,7 @@ def lora_linear_backward(
     grad_x = None
     if need_x:
         assert g is not None
-        grad_x = _input_gradient(grad, weight, adapters, g)
+        grad_x = _input_gradient(grad, weight, mask, adapters, g)
     grad_A: list[Tensor | None] = [None] * count
     grad_B: list[Tensor | None] = [None] * count
     masks = _dropout_tuples(adapters)
@@ -409,7 +438,7 @@ def _inner_gradients(grad: Tensor, adapters: Adapters) -> Tensor:
     return g
 
 
-def _input_gradient(grad: Tensor, weight: Weight, adapters: Adapters, g: Tensor) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Weight, mask: BitMask | None, adapters: Adapters, g: Tensor) -> Tensor:
     grad_x = _new(grad, grad.shape[0], weight.shape[1])
     factors = [_float32(lora_A) for lora_A in adapters.lora_A]
     low_rank = [
@@ -418,7 +447,8 @@ def _input_gradient(grad: Tensor, weight: Weight, adapters: Adapters, g: Tensor)
     ]
     weight_tuple, weight_alive = _weight_tuple(weight)
     precision = product_precision(grad.dtype, chosen_isa())
-    _product(grad, weight_tuple, grad_x, transposed=True, low_rank=low_rank, precision=precision)
+    options: dict[str, Any] = {"low_rank": low_rank, "precision": precision}
+    _product(grad, weight_tuple, grad_x, mask=mask, transposed=True, **options)
     del weight_alive
     return grad_x
 
@@ -428,6 +458,53 @@ def _skinny_gradient(left: Tensor, right: Tensor, dropout: tuple[int, int, float
     right = _rows(right)
     out = left.new_empty(left.shape[1], right.shape[1])
     _product(left, _dense_tuple(right), out, transposed=True, turned=True, weight_dropout=dropout)
+    return out
+
+
+# ---- masked_linear
+
+
+def _contiguous_mask(mask: BitMask) -> BitMask:
+    return BitMask(mask.bits.contiguous(), mask.shape, mask.pattern)
+
+
+@registry.register("masked_linear", "cpu", supports=_supports_forward)
+def masked_linear(
+    x: Tensor, weight: Weight, mask: BitMask, adapters: Adapters, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Forward; see :func:`peftkern.ops.masked_linear.masked_linear_reference` for shapes."""
+    return _forward(x, weight, _contiguous_mask(mask), adapters, bias)
+
+
+@registry.register("masked_linear_backward", "cpu", supports=_supports_backward)
+def masked_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Weight,
+    mask: BitMask,
+    adapters: Adapters,
+    h: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """Backward; see :func:`peftkern.ops.masked_linear.masked_linear_backward_reference` for shapes."""
+    mask = _contiguous_mask(mask)
+    grad_x, grad_A, grad_B = _backward(grad, x, weight, mask, adapters, h, need_x, need_lora)
+    grad_weight = None
+    if need_weight:
+        assert x is not None and isinstance(weight, Tensor)
+        grad_weight = _weight_gradient(_rows(grad), _rows(x), mask, weight.dtype)
+    return grad_x, grad_weight, grad_A, grad_B
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, mask: BitMask, dtype: torch.dtype) -> Tensor:
+    """``gradᵀ x`` where the mask keeps an entry, [out, in] in ``dtype``, the sum running over tokens."""
+    if x.shape[0] == 0:
+        return x.new_zeros(mask.shape, dtype=dtype)
+    out = _new(x, *mask.shape, dtype=dtype)
+    precision = product_precision(grad.dtype, chosen_isa())
+    _product(grad, _dense_tuple(x), out, transposed=True, turned=True, out_mask=mask, precision=precision)
     return out
 
 

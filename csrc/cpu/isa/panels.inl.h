@@ -66,7 +66,7 @@ static inline void apply_dropout(float* values, int64_t count, const Dropout& dr
 static inline Float decode_lanes_along_rows(const Weight& weight, int64_t row, int64_t column) {
   alignas(64) float values[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const bool inside = row + lane < weight.rows && column < weight.columns;
+    const bool inside = row + lane < weight.rows && column < weight.columns && keeps(weight.mask, row + lane, column);
     values[lane] = inside ? weight_value(weight, row + lane, column) : 0.0f;
   }
   return load(values);
@@ -75,7 +75,7 @@ static inline Float decode_lanes_along_rows(const Weight& weight, int64_t row, i
 static inline Float decode_lanes_along_columns(const Weight& weight, int64_t row, int64_t column) {
   alignas(64) float values[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    const bool inside = row < weight.rows && column + lane < weight.columns;
+    const bool inside = row < weight.rows && column + lane < weight.columns && keeps(weight.mask, row, column + lane);
     values[lane] = inside ? weight_value(weight, row, column + lane) : 0.0f;
   }
   return load(values);
@@ -191,6 +191,33 @@ struct RowScales {
   }
 };
 
+// What the mask keeps of kLanes rows and one block of columns. Turned like the codes: bits k % 32 of word k / 32 of
+// every lane.
+struct RowMasks {
+  const bool present;
+  Int words[kLanes];
+
+  RowMasks(const Weight& weight, int64_t row, int64_t k0, int64_t steps) : present(weight.mask.bits != nullptr) {
+    if (!present) return;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int64_t r = row + lane < weight.rows ? row + lane : weight.rows - 1;
+      words[lane] = load_bytes(weight.mask.bits + r * weight.mask.row_stride + k0 / 8, divide_up(steps, 8));
+    }
+    transpose(words);
+  }
+
+  // Of 8 columns from k on, a multiple of 8, in the lowest bits.
+  inline Int at(int64_t k) const { return shift_right_by(words[k / 32], static_cast<int>(k % 32)); }
+};
+
+template <int i = 0>
+static inline void keep_eight(Float* values, Int bits) {
+  if constexpr (i < 8) {
+    values[i] = keep_where_bit<i>(values[i], bits);
+    keep_eight<i + 1>(values, bits);
+  }
+}
+
 template <class Encoded, int i>
 static inline void unpack_dword(const Encoded& encoded, const Int* dwords, Float* values) {
   if constexpr (i < 8) {
@@ -230,6 +257,7 @@ static void decode_along_columns(const Weight& weight, int64_t row0, int64_t k0,
       rows[lane] = static_cast<const uint8_t*>(weight.data) + ((r * row_elements + k0) * bits) / 8;
     }
     RowScales scales(weight, row);
+    const RowMasks masks(weight, row, k0, panels.steps);
     const Sink<kForm> sink(panels, panel, column);
     for (int64_t byte = 0; byte < block_bytes; byte += 4 * kLanes) {
       Int dwords[kLanes];
@@ -246,6 +274,7 @@ static void decode_along_columns(const Weight& weight, int64_t row0, int64_t k0,
         unpack_dword<Encoded, 0>(encoded, dwords + (k - first) / Encoded::kPerDword, values);
         if (scaled)
           for (int i = 0; i < 8; ++i) values[i] = mul(values[i], scale);
+        if (masks.present) keep_eight(values, masks.at(k));
         if (k + 8 <= end)
           for (int i = 0; i < 8; i += 2) sink.put(k + i, values[i], values[i + 1]);
         else
@@ -273,8 +302,11 @@ template <class Encoded>
 static inline Float decode_row_vector(const Encoded& encoded, const Weight& weight, int64_t row, int64_t column,
                                       ColumnScale& scale) {
   if (column + kLanes > weight.columns) return decode_lanes_along_columns(weight, row, column);
-  if (!weight_quantized(weight)) return encoded.row(weight.data, row * weight.row_stride + column);
-  return mul(encoded.row(weight.data, row * weight.columns + column), scale.at(weight, row, column));
+  const Float value = weight_quantized(weight)
+                          ? mul(encoded.row(weight.data, row * weight.columns + column), scale.at(weight, row, column))
+                          : encoded.row(weight.data, row * weight.row_stride + column);
+  if (weight.mask.bits == nullptr) return value;
+  return keep_lanes(value, weight.mask.bits + row * weight.mask.row_stride + column / 8);
 }
 
 // The arguments are taken by value: through a reference, every store to a panel could change them.

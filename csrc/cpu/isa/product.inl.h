@@ -21,6 +21,14 @@ constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up t
 // packing an activation is not beside 64 outputs.
 constexpr int64_t kTokensPerTask = 128;
 
+// RowMasks holds the mask of one block of features.
+#ifdef PEFTKERN_VECTOR_DECODE
+static_assert(kFeatureBlock <= 8 * sizeof(Int));
+#endif
+#ifdef PEFTKERN_VECTOR_FORMS
+static_assert(kPairFeatureBlock <= 8 * sizeof(Int));
+#endif
+
 struct Schedule {
   Precision form;
   int tile_rows;
@@ -309,7 +317,7 @@ static float half_panel_scale(const Weight& weight, bool transposed, int64_t out
     int64_t fetched = -1;
     for (int64_t column = column0; column < column0 + columns; ++column) {
       if (!weight_quantized(weight)) {
-        largest = larger_finite(largest, weight_value(weight, row, column));
+        if (keeps(weight.mask, row, column)) largest = larger_finite(largest, weight_value(weight, row, column));
         continue;
       }
       const int64_t block = weight_block(weight, row, column);
@@ -433,15 +441,26 @@ static void accumulate_low_rank(const LowRank& term, bool transposed, const Sche
                   block, accumulate);
 }
 
+static void keep_outputs(const BitMask& mask, int64_t row, int64_t column, int64_t count, float* values) {
+  int64_t i = 0;
+#ifdef PEFTKERN_VECTOR_DECODE
+  const uint8_t* bits = mask.bits + row * mask.row_stride + column / 8;  // tasks begin at whole panels
+  for (; i + kLanes <= count; i += kLanes) store(values + i, keep_lanes(load(values + i), bits + i / 8));
+#endif
+  for (; i < count; ++i)
+    if (!keeps(mask, row, column + i)) values[i] = 0.0f;
+}
+
 static void finish(const Product& p, const Block& block) {
   const bool buffered = p.out_dtype != DType::float32;
-  if (!buffered && p.alpha == 1.0f && p.bias == nullptr) return;
+  if (!buffered && p.alpha == 1.0f && p.bias == nullptr && p.out_mask.bits == nullptr) return;
   for (int64_t row = 0; row < block.tokens; ++row) {
     float* sums = block.sums + row * block.stride;
     if (p.alpha != 1.0f)
       for (int64_t i = 0; i < block.outputs; ++i) sums[i] *= p.alpha;
     if (p.bias != nullptr)
       for (int64_t i = 0; i < block.outputs; ++i) sums[i] += p.bias[block.output0 + i];
+    if (p.out_mask.bits != nullptr) keep_outputs(p.out_mask, block.token0 + row, block.output0, block.outputs, sums);
     if (buffered)
       write_floats(p.out, p.out_dtype, (block.token0 + row) * p.out_stride + block.output0, block.outputs, sums);
   }

@@ -49,6 +49,18 @@ template <int kBits>
 static inline Int shift_right_signed(Int v) {
   return _mm256_srai_epi32(v, kBits);
 }
+static inline Int shift_right_by(Int v, int bits) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+// Zero in the lanes whose bit `kBit` is 0.
+template <int kBit>
+static inline Float keep_where_bit(Float v, Int bits) {
+  return _mm256_blendv_ps(_mm256_setzero_ps(), v, _mm256_castsi256_ps(shift_left<31 - kBit>(bits)));
+}
+// Zero in lane i where bit i is 0.
+static inline Float keep_lanes(Float v, const uint8_t* bits) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(bits[0]), lane_bit), lane_bit);
+  return _mm256_and_ps(_mm256_castsi256_ps(kept), v);
+}
 static inline Float to_float(Int v) { return _mm256_cvtepi32_ps(v); }
 // The low 16 bits of every lane, as float16.
 static inline Float half_to_float(Int v) {

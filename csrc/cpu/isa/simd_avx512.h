@@ -44,6 +44,18 @@ template <int kBits>
 static inline Int shift_right_signed(Int v) {
   return _mm512_srai_epi32(v, kBits);
 }
+static inline Int shift_right_by(Int v, int bits) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(bits)); }
+// Zero in the lanes whose bit `kBit` is 0.
+template <int kBit>
+static inline Float keep_where_bit(Float v, Int bits) {
+  return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(bits, _mm512_set1_epi32(1 << kBit)), v);
+}
+// Zero in lane i where bit i is 0.
+static inline Float keep_lanes(Float v, const uint8_t* bits) {
+  uint16_t lanes;
+  std::memcpy(&lanes, bits, sizeof lanes);
+  return _mm512_maskz_mov_ps(lanes, v);
+}
 static inline Float to_float(Int v) { return _mm512_cvtepi32_ps(v); }
 // The low 16 bits of every lane, as float16.
 static inline Float half_to_float(Int v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); }

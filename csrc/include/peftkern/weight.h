@@ -1,4 +1,4 @@
-// A weight matrix as the kernels see it: dense or quantized, row-major, [rows, columns].
+// A weight matrix as the kernels see it: dense or quantized, row-major, [rows, columns], perhaps under a bit mask.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,12 @@ enum class Encoding : int32_t {
   code4 = 3,  // two codes a byte, the even element in the high nibble; value = codebook[code] * scale (NF4, FP4)
   code8 = 4,  // one code a byte; value = codebook[code] * scale (8-bit blockwise)
   int8 = 5,   // one signed byte; value = byte * scale (row-wise int8)
+};
+
+// Which entries of a matrix count: bit j % 8 of byte j / 8 of a row is 1 where column j is kept. Null: all.
+struct BitMask {
+  const uint8_t* bits = nullptr;
+  int64_t row_stride = 0;  // bytes
 };
 
 // Scales belong to blocks of 2^block_shift consecutive elements in row-major order, which may run over the end of a
@@ -30,10 +36,15 @@ struct Weight {
   const float* scales_absmax = nullptr;
   float scales_offset = 0.0f;
   int32_t scales_block_shift = 0;
+  BitMask mask;  // an entry that it does not keep counts as zero, whatever is stored there
 };
 
 // Static, like everything that the files of several instruction sets include: the linker must not merge their copies.
 static inline bool weight_quantized(const Weight& weight) { return weight.encoding >= Encoding::code4; }
+
+static inline bool keeps(const BitMask& mask, int64_t row, int64_t column) {
+  return mask.bits == nullptr || (mask.bits[row * mask.row_stride + (column >> 3)] >> (column & 7) & 1) != 0;
+}
 
 static inline int64_t weight_block(const Weight& weight, int64_t row, int64_t column) {
   return weight.block_shift < 0 ? row : (row * weight.columns + column) >> weight.block_shift;
@@ -55,6 +66,7 @@ static inline float weight_code(const Weight& weight, int64_t row, int64_t colum
   return static_cast<float>(static_cast<const int8_t*>(weight.data)[index]);
 }
 
+// Does not look at the mask.
 static inline float weight_value(const Weight& weight, int64_t row, int64_t column) {
   if (!weight_quantized(weight))
     return load_float(weight.data, static_cast<DType>(weight.encoding), row * weight.row_stride + column);
