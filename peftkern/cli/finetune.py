@@ -1,4 +1,4 @@
-"""``peftkern finetune``: train a quantized LoRA adapter on a model and data of one's own."""
+"""``peftkern finetune``: train a model on data of one's own, with quantized LoRA or another method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def finetune(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune MODEL on --data with quantized LoRA; write an ordinary PEFT adapter.
+    """Fine-tune MODEL on --data: quantized LoRA, which writes an ordinary PEFT adapter, or another --method.
 
     Data are rows with a column 'messages', columns 'prompt' and 'response', or a column 'text', or one long plain text.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from peftkern.finetune.errors import InputError
+from peftkern.finetune.methods import METHODS
 from peftkern.formats import BLOCK_SIZES
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
@@ -31,7 +32,7 @@ def _required(help: str, group: str) -> Any:
     return _setting(dataclasses.MISSING, help, group)
 
 
-DATA, ADAPTER, MODEL, TRAINING, OUTPUT = "Data", "Adapter", "Model", "Training", "Output"
+DATA, METHOD, ADAPTER, MODEL, TRAINING, OUTPUT = "Data", "Method", "Adapter", "Model", "Training", "Output"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class FinetuneConfig:
 
     model: str = _required("Local folder, hub id, or GGUF file.", MODEL)
     data: str = _required("A .jsonl, .csv, .tsv, .txt or .md file, or the name of a data set on the hub.", DATA)
-    output: str = _setting("peftkern-output", "Folder for the adapter, summary.json, loss.png and checkpoints.", OUTPUT)
+    output: str = _setting("peftkern-output", "Folder for results, summary.json, loss.png and checkpoints.", OUTPUT)
     overwrite: bool = _setting(False, "Replace an earlier run in the output folder.", OUTPUT)
     resume: bool = _setting(False, "Continue from the last checkpoint in the output folder.", OUTPUT)
     checkpoint_every: int = _setting(100, "Optimizer steps between checkpoints.", OUTPUT)
@@ -59,6 +60,9 @@ class FinetuneConfig:
     )
     max_eval_examples: int = _setting(256, "Evaluate on at most so many held-out examples.", DATA)
     max_length: int = _setting(1024, "Longest example in tokens; longer ones are cut.", DATA)
+
+    method: str = _setting("lora", "How the model is trained.", METHOD, tuple(METHODS))
+    method_options: str | None = _setting(None, "Of the method, as name=value with commas between.", METHOD)
 
     rank: int = _setting(16, "Rank of LoRA.", ADAPTER)
     alpha: float = _setting(32.0, "LoRA's alpha; the adapter is scaled by alpha / rank.", ADAPTER)
@@ -104,6 +108,11 @@ class FinetuneConfig:
             raise InputError("give --resume or --overwrite, not both")
         if (self.prompt_column is None) != (self.response_column is None):
             raise InputError("--prompt-column and --response-column go together; one of them is missing")
+        if METHODS[self.method].trains_weights and self.quantization != "none":
+            raise InputError(
+                f"--method {self.method} trains the weights themselves, and --quantization {self.quantization} freezes "
+                "them; add --quantization none"
+            )
         if not self.target_module_names:
             raise InputError(f"--target-modules must be {ALL_LINEAR} or names with commas between, got an empty list")
 

@@ -1,16 +1,20 @@
-"""From the name of a model to one that is quantized, carries a LoRA adapter and runs on the kernels."""
+"""From the name of a model to one that is quantized, prepared for its training method and runs on the kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftkern.finetune import gguf
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.errors import InputError
+from peftkern.finetune.methods import METHODS
 from peftkern.patch import PatchReport, patch
+
+if TYPE_CHECKING:
+    from peftkern.select.method import Method
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """A ``peft.PeftModel`` on fused kernels, and what was done to it."""
+    """A model on fused kernels, and what was done to it. ``trained`` is how many numbers training starts with."""
 
     model: Any
     report: PatchReport
     quantization: str
+    method: Method | None
+    trained: int
 
 
 def find_model(name: str, say: Callable[[str], None]) -> ModelSource:
@@ -77,11 +83,13 @@ def load_model_config(source: ModelSource) -> Any:
     return _loading(lambda: config_from_pretrained(source.load_from), source)
 
 
-def load_adapted_model(config: FinetuneConfig, source: ModelSource, model_config: Any) -> AdaptedModel:
-    """Load and quantize the model, attach a new LoRA adapter, and patch it.
+def load_adapted_model(
+    config: FinetuneConfig, source: ModelSource, model_config: Any, method: Method | None
+) -> AdaptedModel:
+    """Load and quantize the model, prepare it for its method, and patch it.
 
     Raises:
-        InputError: the model cannot be loaded, or ``target_modules`` names nothing in it.
+        InputError: the model cannot be loaded, ``target_modules`` names nothing in it, or the method cannot train it.
     """
     import torch
     from transformers import set_seed
@@ -90,8 +98,20 @@ def load_adapted_model(config: FinetuneConfig, source: ModelSource, model_config
     model, quantization = _load_quantized(config, source, model_config)
     model.config.use_cache = False  # of no use in training, and in the way of gradient checkpointing
     set_seed(config.seed)  # so that the adapter's initial values do not depend on what loading drew
-    adapted = _attach_adapter(config, model)
-    return AdaptedModel(adapted, patch(adapted), quantization)
+    if METHODS[config.method].low_rank:
+        model = _attach_adapter(config, model)
+    if method is not None:
+        _prepare(method, model, config)
+    report = patch(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return AdaptedModel(model, report, quantization, method, trained)
+
+
+def _prepare(method: Method, model: Any, config: FinetuneConfig) -> None:
+    try:
+        method.prepare(model)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"--method {config.method}: {_first_line(error)}") from error
 
 
 def _load_quantized(config: FinetuneConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:

@@ -29,11 +29,10 @@ _MAY_CHANGE = frozenset(
 
 
 class OutputFolder:
-    """``adapter/``, ``summary.json``, ``loss.png`` and ``checkpoints/`` below one folder."""
+    """Results, ``summary.json``, ``loss.png`` and ``checkpoints/`` below one folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
 
     @classmethod

@@ -6,14 +6,17 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from peftkern.finetune import methods
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.encoding import PadRight, Splits, load_splits
 from peftkern.finetune.evaluation import HeldOutLoss, held_out_loss
+from peftkern.finetune.methods import METHODS
 from peftkern.finetune.modeling import (
     AdaptedModel,
     ModelSource,
@@ -84,14 +87,15 @@ def start(config: FinetuneConfig, console: Console) -> Session:
 
 
 def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, started: float) -> Session:
+    method = methods.build(config)
     source = find_model(config.model, reporter.say)
     tokenizer = load_tokenizer(source)
     model_config = load_model_config(source)
     max_length = _longest_input(config, model_config, reporter)
     splits = load_splits(config, tokenizer, max_length)
     _describe_data(splits, max_length, reporter)
-    adapted = load_adapted_model(config, source, model_config)
-    reporter.say(f"\n{source.name}: {adapted.quantization}; LoRA rank {config.rank} on {config.target_modules}")
+    adapted = load_adapted_model(config, source, model_config, method)
+    reporter.say(f"\n{source.name}: {adapted.quantization}; {_describe_method(config)}, {adapted.trained:,} numbers")
     reporter.say(f"{adapted.report}\n")
     session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
     if config.resume:
@@ -104,11 +108,12 @@ def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, sta
 
 
 def train_session(session: Session) -> TrainingRecord:
-    """Train the adapter."""
+    """Train the model."""
     with session.output.discarded_on_failure():
         return train(
             session.config,
             session.adapted.model,
+            session.adapted.method,
             session.splits.train,
             session.collate,
             session.output,
@@ -117,17 +122,43 @@ def train_session(session: Session) -> TrainingRecord:
 
 
 def finish(session: Session, record: TrainingRecord) -> Results:
-    """Evaluate again, then write adapter, loss curve and summary; each is whole or as it was before."""
+    """Evaluate again, then write results, loss curve and summary; each is whole or as it was before."""
     after = _evaluate(session, "held-out loss after")
     results = Results(record, session.before, after, time.perf_counter() - session.started)
-    model, output = session.adapted.model, session.output
-    output.replace("adapter", model.save_pretrained)
+    output = session.output
+    for name in METHODS[session.config.method].results:
+        output.replace(name, partial(_WRITERS[name], session))
     output.replace("loss.png", lambda path: _draw(path, session, results))
     text = json.dumps(summarise(session, results), indent=2, allow_nan=False) + "\n"
     output.replace("summary.json", lambda path: path.write_text(text, encoding="utf-8"))
     for line in _closing_lines(session, results):
         session.reporter.say(line)
     return results
+
+
+def _write_model(session: Session, path: Path) -> None:
+    session.adapted.model.save_pretrained(path)
+    session.tokenizer.save_pretrained(path)
+
+
+def _write_adapter(session: Session, path: Path) -> None:
+    session.adapted.model.save_pretrained(path)
+
+
+def _write_delta(session: Session, path: Path) -> None:
+    from peftkern.sparse import SparseUpdate
+
+    SparseUpdate.from_model(session.adapted.model, method=session.config.method).save(path)
+
+
+_WRITERS = {methods.ADAPTER: _write_adapter, methods.DELTA: _write_delta, methods.MODEL: _write_model}
+
+
+def _describe_method(config: FinetuneConfig) -> str:
+    entry = METHODS[config.method]
+    options = f" ({config.method_options})" if config.method_options else ""
+    low_rank = f", LoRA rank {config.rank} on {config.target_modules}" if entry.low_rank else ""
+    return f"{entry.name}{options}: {entry.summary}{low_rank}"
 
 
 def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
@@ -174,6 +205,7 @@ def summarise(session: Session, results: Results) -> dict[str, Any]:
     return {
         "model": session.source.name,
         "quantization": session.adapted.quantization,
+        "trained": session.adapted.trained,
         "held_out_loss": {"before": _as_data(results.before), "after": _as_data(results.after)},
         "training_loss": [{"step": step, "loss": loss} for step, loss in record.losses],
         "steps": record.steps,
@@ -205,11 +237,12 @@ def _closing_lines(session: Session, results: Results) -> list[str]:
     lines = [""]
     if results.before is not None and results.after is not None:
         lines.append(f"held-out loss   {results.before.loss:.4f} before, {results.after.loss:.4f} after")
+    results_written = ", ".join(f"{name}/" for name in METHODS[session.config.method].results)
     gpu = "" if record.peak_gpu_mb is None else f", {record.peak_gpu_mb:.0f} MB on the GPU"
     return [
         *lines,
         f"training        {record.seconds:.0f} s for {record.steps} steps, {record.tokens_per_second:.0f} tokens/s",
         f"in all          {results.seconds:.0f} s",
         f"peak memory     {record.peak_resident_mb:.0f} MB{gpu}",
-        f"written to      {session.output.path}: adapter/, loss.png, summary.json",
+        f"written to      {session.output.path}: {results_written}, loss.png, summary.json",
     ]

@@ -18,6 +18,7 @@ from peftkern.finetune.stopping import stop_on_signals
 
 if TYPE_CHECKING:
     from peftkern.finetune.callbacks import Watch
+    from peftkern.select.method import Method
 
 _KEPT_CHECKPOINTS = 2
 
@@ -43,12 +44,15 @@ class TrainingRecord:
 def train(
     config: FinetuneConfig,
     model: Any,
+    method: Method | None,
     examples: list[Example],
     collate: PadRight,
     output: OutputFolder,
     reporter: Reporter,
 ) -> TrainingRecord:
-    """Train the adapter of ``model`` on ``examples``, from the last checkpoint if the settings say so.
+    """Train ``model`` on ``examples``, from the last checkpoint if the settings say so.
+
+    ``method`` decides what is trained; without one it is whatever requires a gradient.
 
     Raises:
         InterruptedRunError: the user asked to stop; a checkpoint was written.
@@ -58,7 +62,7 @@ def train(
 
     with stop_on_signals(reporter.say) as stop:
         watch = Watch(stop, reporter, config.learning_rate)
-        trainer = _make_trainer(config, model, examples, collate, output.checkpoints, watch)
+        trainer = _make_trainer(config, model, method, examples, collate, output.checkpoints, watch)
         memory.reset_peak()
         start = time.perf_counter()
         _run(trainer, output.last_checkpoint() if config.resume else None, output, reporter)
@@ -95,10 +99,18 @@ def _run(trainer: Any, checkpoint: Path | None, output: OutputFolder, reporter: 
 
 
 def _make_trainer(
-    config: FinetuneConfig, model: Any, examples: list[Example], collate: PadRight, folder: Path, watch: Watch
+    config: FinetuneConfig,
+    model: Any,
+    method: Method | None,
+    examples: list[Example],
+    collate: PadRight,
+    folder: Path,
+    watch: Watch,
 ) -> Any:
     import torch
     from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from peftkern.optim import AdamW
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -123,7 +135,16 @@ def _make_trainer(
         disable_tqdm=True,
         report_to="none",
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[watch])
+    # methods mask and move the optimizer's state; without one the Trainer's own does
+    optimizer = None if method is None else (AdamW, {"lr": config.learning_rate, "weight_decay": 0.0})
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=collate,
+        callbacks=[watch] if method is None else [watch, method],
+        optimizer_cls_and_kwargs=optimizer,
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 

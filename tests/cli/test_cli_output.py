@@ -81,7 +81,7 @@ def test_results_are_replaced_whole(tmp_path: Path) -> None:
         ):
             output.replace("adapter", attempt)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "note.txt"]
-    assert [path.name for path in output.adapter.iterdir()] == ["weights"]
+    assert [path.name for path in (output.path / "adapter").iterdir()] == ["weights"]
 
 
 def test_an_error_that_is_no_write_failure_passes_through(tmp_path: Path) -> None:
