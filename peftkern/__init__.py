@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from peftkern.integrations import QuantConfig as QuantConfig
     from peftkern.integrations import quantize_ as quantize_
     from peftkern.nn import QuantizedLinear as QuantizedLinear
+    from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
 
 _LAZY = {
+    "CoFiTune": "peftkern.select.cofitune",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
@@ -41,6 +43,7 @@ def __getattr__(name: str) -> Any:
 register_on_import()
 
 __all__ = [
+    "CoFiTune",
     "HalfFineTuning",
     "PatchReport",
     "QuantConfig",

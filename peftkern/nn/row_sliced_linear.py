@@ -54,6 +54,11 @@ def out_features(module: nn.Module, parameter: str = "weight") -> int:
     return tensor.shape[-1] if _is_transposed(type(module)) else tensor.shape[:-1].numel()
 
 
+def row_dimension(module: nn.Module, parameter: str = "weight") -> int:
+    """Along which dimension `slice_rows` counts the rows of ``parameter`` of ``module``, as `row_view` gives them."""
+    return 1 if parameter != "bias" and _is_transposed(type(module)) else 0
+
+
 def check_sliceable(module: nn.Module, parameter: str = "weight") -> None:
     """Raise `TypeError` unless `slice_rows` can take ``parameter`` of ``module``."""
     tensor = _whole(module, parameter)

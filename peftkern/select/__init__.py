@@ -1,1 +1,34 @@
 """What is trained: methods that choose among the tensors, rows or entries of a model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftkern.select.cofitune import CoFiTune as CoFiTune
+    from peftkern.select.cofitune_search import cofitune_search as cofitune_search
+    from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
+    from peftkern.select.half_fine_tuning import half_reset as half_reset
+    from peftkern.select.method import Method as Method
+    from peftkern.select.unit_importance import UnitImportance as UnitImportance
+    from peftkern.select.unit_importance import measure_importance as measure_importance
+
+_LAZY = {
+    "CoFiTune": "peftkern.select.cofitune",
+    "HalfFineTuning": "peftkern.select.half_fine_tuning",
+    "Method": "peftkern.select.method",
+    "UnitImportance": "peftkern.select.unit_importance",
+    "cofitune_search": "peftkern.select.cofitune_search",
+    "half_reset": "peftkern.select.half_fine_tuning",
+    "measure_importance": "peftkern.select.unit_importance",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'peftkern.select' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+__all__ = sorted(_LAZY)

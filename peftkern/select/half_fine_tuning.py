@@ -23,11 +23,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn.row_sliced_linear import Range, check_sliceable, row_view, slice_rows, unslice
+from peftkern.nn.row_sliced_linear import Range, row_view
 from peftkern.patch.table import format_table
 from peftkern.select.hand_over import drop_state
 from peftkern.select.method import Method, logger
 from peftkern.select.parts import ATTENTION, FFN, Matrix, Parts, block_of, find_parts, is_norm
+from peftkern.select.pieces import check_dense, check_pieces, give_back, take_pieces
 
 UNKNOWN, NORMS, EMBEDDINGS, OTHERS = "other matrices", "norms", "embeddings", "others"
 _DRAWN = (ATTENTION, FFN, UNKNOWN)
@@ -160,7 +161,7 @@ def _find_units(model: nn.Module, level: str) -> list[_Unit]:
         ValueError: a parameter is quantized, or is a matrix in a block whose part is not known.
     """
     parts = find_parts(model)
-    _check_dense(model)
+    check_dense("HalfFineTuning", model)
     if level == "category" and (parts.unknown or not parts.matrices):
         raise ValueError(_unknown_message(parts))
     matrices = defaultdict[str, list[Matrix]](list)
@@ -208,20 +209,6 @@ def _embedding_names(model: nn.Module) -> set[str]:
     head = None if find_head is None else find_head()
     ids = {id(p) for module in [*modules, *([head] if head is not None else [])] for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
-
-
-def _check_dense(model: nn.Module) -> None:
-    if hasattr(model, "peft_config"):
-        raise ValueError(
-            "HalfFineTuning: the model carries PEFT adapters, and this method trains the matrices themselves; "
-            "call merge_and_unload() first"
-        )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(
-                f"HalfFineTuning: {name} is quantized ({parameter.dtype}), and this method trains dense matrices; "
-                f"load the model without quantization, or train LoRA adapters or sparse deltas over it"
-            )
 
 
 def _unknown_message(parts: Parts) -> str:
@@ -375,15 +362,13 @@ class HalfFineTuning(Method):
             return
         try:
             units = _find_units(model, self._settings.level)
-            for unit in units:
-                if unit.rows is not None:
-                    check_sliceable(model.get_submodule(unit.module), unit.parameters[0])
+            check_pieces(model, units)
         except (ValueError, TypeError):
             self.model = None
             raise
         self._asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._units = units
-        self._parameters = _take_parameters(model, units)
+        self._parameters = take_pieces(model, units)
         self._select(self._first_round, freeze=self.reselect == "stage")
 
     def start(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
@@ -404,10 +389,7 @@ class HalfFineTuning(Method):
     def finish(self) -> None:
         """Sliced layers are plain again, and every parameter asks for a gradient as it did before."""
         model = self.prepared()
-        for name in dict.fromkeys(unit.module for unit in self._units if unit.rows is not None):
-            unslice(model.get_submodule(name))
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self._asked[name])
+        give_back(model, self._units, self._asked)
         self._first_round = self._round() + 1
         self._units, self._parameters, self.optimizer = [], {}, None
 
@@ -436,23 +418,6 @@ class HalfFineTuning(Method):
             frozen = [p for name, own in self._parameters.items() if name not in trained for p in own]
             drop_state(self.optimizer, frozen)
         return report
-
-
-def _take_parameters(model: nn.Module, units: Sequence[_Unit]) -> dict[str, list[nn.Parameter]]:
-    """The parameters of every unit; layers that hold several units are sliced."""
-    taken: dict[str, list[nn.Parameter]] = {}
-    sliced = defaultdict[tuple[str, str], list[_Unit]](list)
-    for unit in units:
-        if unit.rows is None:
-            module = model.get_submodule(unit.module)
-            taken[unit.name] = [module.get_parameter(name) for name in unit.parameters]
-        else:
-            sliced[unit.module, unit.parameters[0]].append(unit)
-    for (module_name, parameter), parts in sliced.items():
-        ranges = [unit.rows for unit in parts if unit.rows is not None]
-        slices = slice_rows(model.get_submodule(module_name), parameter, ranges)
-        taken.update({unit.name: own for unit, own in zip(parts, slices, strict=True)})
-    return taken
 
 
 @torch.no_grad()

@@ -76,11 +76,16 @@ class Parts:
 # ---- sizes of matrices that share a parameter
 
 
-def _qkv_rows(config: Any, _rows: int) -> list[int]:
+def heads_of(config: Any) -> tuple[int, int]:
+    """How many heads queries have, and how many keys and values have, which queries share."""
     heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def _qkv_rows(config: Any, _rows: int) -> list[int]:
+    heads, shared = heads_of(config)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    shared = (getattr(config, "num_key_value_heads", None) or heads) * head_size
-    return [heads * head_size, shared, shared]
+    return [heads * head_size, shared * head_size, shared * head_size]
 
 
 def _halves(_config: Any, rows: int) -> list[int]:
@@ -166,6 +171,13 @@ def find_parts(model: nn.Module) -> Parts:
     return Parts(tuple(matrices), tuple(norms), tuple(unknown))
 
 
+def row_count(model: nn.Module, matrix: Matrix) -> int:
+    """How many rows, which are outputs, ``matrix`` has."""
+    if matrix.rows is not None:
+        return matrix.rows[1] - matrix.rows[0]
+    return out_features(model.get_submodule(matrix.module), matrix.parameter)
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer, which is known by its name."""
     return "norm" in type(module).__name__.lower()
@@ -205,13 +217,13 @@ def _matrices(model: nn.Module, module_name: str, parameter: str, block: str, ro
 def _sizes(model: nn.Module, module_name: str, row: _Row, rows: int) -> list[int]:
     if row.sizes is None:
         return [rows]
-    sizes = row.sizes(_config_of(model, module_name), rows)
+    sizes = row.sizes(config_of(model, module_name), rows)
     if sum(sizes) != rows:
         raise ValueError(f"{module_name} has {rows} rows, and {', '.join(row.roles)} take {sizes} by the configuration")
     return sizes
 
 
-def _config_of(model: nn.Module, module_name: str) -> Any:
+def config_of(model: nn.Module, module_name: str) -> Any:
     """The configuration of the nearest module around this one that has one."""
     components = module_name.split(".")
     for length in range(len(components), -1, -1):
