@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from peftkern.sparse.layers import set_active as set_active
     from peftkern.sparse.merging import merge as merge
     from peftkern.sparse.merging import unmerge as unmerge
+    from peftkern.sparse.skill_grafting import SkillGrafting as SkillGrafting
     from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
     "Fingerprint": "peftkern.sparse.fingerprint",
+    "SkillGrafting": "peftkern.sparse.skill_grafting",
     "SparseUpdate": "peftkern.sparse.update",
     "WrongBaseError": "peftkern.sparse.applied",
     "attach": "peftkern.sparse.layers",

@@ -127,6 +127,11 @@ def remember_base(model: nn.Module) -> None:
         whole.__dict__[_REMEMBERED] = Fingerprint.of(whole)
 
 
+def forget_base(model: nn.Module) -> None:
+    """Let the next `remember_base` keep what ``model`` is then."""
+    unwrapped(model).__dict__.pop(_REMEMBERED, None)
+
+
 def base_of(model: nn.Module) -> Fingerprint:
     """The base that ``model`` is trained from: what was remembered, or else what the model is now."""
     remembered = unwrapped(model).__dict__.get(_REMEMBERED)
