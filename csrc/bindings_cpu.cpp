@@ -166,6 +166,39 @@ void silu_mul_backward(const std::string& isa, uintptr_t grad, uintptr_t gate, u
   cpu::run_silu_mul_backward(kernels, s, threads);
 }
 
+// (data, dtype, token_stride); data 0: not there
+using TokenRowsTuple = std::tuple<uintptr_t, int, int64_t>;
+
+cpu::TokenRows to_token_rows(const TokenRowsTuple& t) {
+  return {reinterpret_cast<void*>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), std::get<2>(t)};
+}
+
+// (source_features, features, source_offsets, offsets, others, order)
+using SparseOrderTuple = std::tuple<int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+void sparse_product(const std::string& isa, int64_t tokens, const TokenRowsTuple& source, const TokenRowsTuple& target,
+                    const TokenRowsTuple& pair, const SparseOrderTuple& order, uintptr_t values, uintptr_t gradients,
+                    float scaling, int threads) {
+  cpu::SparseProduct p;
+  p.source = to_token_rows(source);
+  p.target = to_token_rows(target);
+  p.pair = to_token_rows(pair);
+  p.tokens = tokens;
+  p.source_features = std::get<0>(order);
+  p.features = std::get<1>(order);
+  p.source_offsets = pointer<int64_t>(std::get<2>(order));
+  p.offsets = pointer<int64_t>(std::get<3>(order));
+  p.others = pointer<int32_t>(std::get<4>(order));
+  p.order = pointer<int32_t>(std::get<5>(order));
+  p.values = pointer<float>(values);
+  p.gradients = reinterpret_cast<float*>(gradients);
+  p.scaling = scaling;
+  p.threads = threads;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_sparse_product(kernels, p);
+}
+
 py::list instruction_sets() {
   py::list rows;
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
@@ -212,4 +245,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("grad"), py::arg("gate"), py::arg("up"),
              py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"), py::arg("elements"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
+  module.def("sparse_product", &sparse_product, py::arg("isa"), py::arg("tokens"), py::arg("source"), py::arg("target"),
+             py::arg("pair"), py::arg("order"), py::arg("values"), py::arg("gradients"), py::arg("scaling"),
+             py::arg("threads"), "csrc/cpu/kernels.h, struct SparseProduct, says what is computed.");
 }

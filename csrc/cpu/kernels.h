@@ -96,6 +96,51 @@ struct SiluMul {
   int64_t elements = 0;
 };
 
+// Activations, or what is added to, [tokens, features]: features lie next to each other.
+struct TokenRows {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t token_stride = 0;
+};
+
+// A sparse matrix in one of its orders: feature f of the target owns the entries from offsets[f] to offsets[f + 1], and
+// entry e takes feature others[e] of the source. Its value is values[e], or values[order[e]] where there is an order.
+//   target[t, f] += scaling * sum_e values[e] * source[t, others[e]]    unless target.data is null
+//   gradients[order[e]] = scaling * sum_t pair[t, f] * source[t, others[e]]    unless gradients is null
+struct SparseProduct {
+  TokenRows source;
+  TokenRows target;
+  TokenRows pair;
+  int64_t tokens = 0;
+  int64_t source_features = 0;
+  int64_t features = 0;                     // of the target and of the pair
+  const int64_t* source_offsets = nullptr;  // of the other order: which features of the source have an entry
+  const int64_t* offsets = nullptr;
+  const int32_t* others = nullptr;
+  const int32_t* order = nullptr;
+  const float* values = nullptr;
+  float* gradients = nullptr;
+  float scaling = 1.0f;
+  int threads = 1;
+};
+
+struct SparseScratch {
+  float* panels = nullptr;  // the source of some blocks of tokens, [blocks][source_features][tokens of a block]
+  float* values = nullptr;  // in this order, where there is an order
+  float* sums = nullptr;    // the gradients in this order, of the blocks that are done
+};
+
+// Tokens of a block. It decides in which order gradients are summed, and so must not depend on the number of threads.
+static inline int64_t sparse_block_tokens(const SparseProduct& p) {
+  constexpr int64_t kMostBlockTokens = 32;
+  int64_t width = 1;
+  while (width < p.tokens && width < kMostBlockTokens) width *= 2;
+  return width;
+}
+
+// Ranges of features begin at multiples of it, which are multiples of every vector.
+constexpr int64_t kSparseStep = 16;
+
 struct Kernels {
   // Whether a form uses an instruction of the processor. Where not, the AVX-512 builds emulate it, for tests, and the
   // others run float32.
@@ -108,6 +153,11 @@ struct Kernels {
   void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
   void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
+  // Features of the source, from a multiple of kSparseStep on, into the panel of one block of tokens.
+  void (*sparse_fill_panel)(const SparseProduct&, int64_t block, int64_t begin, int64_t end, float* panel);
+  // Features of the target, likewise, for `count` blocks of tokens from `first` on, whose panels are filled.
+  void (*sparse_blocks)(const SparseProduct&, const SparseScratch&, int64_t first, int64_t count, int64_t begin,
+                        int64_t end);
 };
 
 }  // namespace peftkern::cpu

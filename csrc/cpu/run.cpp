@@ -43,6 +43,24 @@ void for_block_ranges(int64_t elements, int64_t block_size, int threads, const W
                [&](int64_t task) { work(task * blocks_per_task, std::min(blocks, (task + 1) * blocks_per_task)); });
 }
 
+// Ranges of about equal length that begin at multiples of kSparseStep.
+struct FeatureRanges {
+  int64_t features;
+  int64_t length;
+
+  FeatureRanges(int64_t features_, int64_t wanted) : features(features_) {
+    const int64_t steps = (features + kSparseStep - 1) / kSparseStep;
+    length = std::max<int64_t>(1, (steps + wanted - 1) / wanted) * kSparseStep;
+  }
+  int64_t count() const { return (features + length - 1) / length; }
+  int64_t begin(int64_t range) const { return range * length; }
+  int64_t end(int64_t range) const { return std::min(features, (range + 1) * length); }
+};
+
+constexpr int64_t kSparsePanelFloats = int64_t{1} << 19;     // all panels at once, where one is not larger
+constexpr int64_t kSparseSingleProducts = int64_t{1} << 16;  // up to here other threads cost more than they bring
+constexpr int64_t kRangesPerThread = 4;
+
 }  // namespace
 
 void run_quantization(const Kernels& kernels, const Quantization& q, int threads) {
@@ -69,6 +87,33 @@ void run_product(const Kernels& kernels, const Product& p) {
   const size_t scratch = kernels.product_scratch(p);
   parallel_for(kernels.product_tasks(p), p.threads,
                [&](int64_t task) { kernels.product_task(p, task, thread_scratch(scratch)); });
+}
+
+void run_sparse_product(const Kernels& kernels, const SparseProduct& p) {
+  const int64_t entries = p.offsets[p.features];
+  const int64_t width = sparse_block_tokens(p), blocks = (p.tokens + width - 1) / width;
+  const int64_t panel = p.source_features * width;
+  const int64_t at_once = std::min(blocks, std::max<int64_t>(1, kSparsePanelFloats / panel));
+  const int64_t others = (p.order == nullptr ? 0 : entries) + (p.gradients == nullptr ? 0 : entries);
+  SparseScratch scratch;
+  scratch.panels = static_cast<float*>(thread_scratch(static_cast<size_t>(at_once * panel + others) * sizeof(float)));
+  scratch.values = scratch.panels + at_once * panel;
+  scratch.sums = scratch.values + (p.order == nullptr ? 0 : entries);
+
+  const int threads = (p.source_features + entries) * p.tokens <= kSparseSingleProducts ? 1 : p.threads;
+  const FeatureRanges sources(p.source_features, threads * kRangesPerThread);
+  const FeatureRanges targets(p.features, threads * kRangesPerThread);
+  for (int64_t first = 0; first < blocks; first += at_once) {
+    const int64_t count = std::min(at_once, blocks - first);
+    parallel_for(count * sources.count(), threads, [&](int64_t task) {
+      const int64_t block = task / sources.count(), range = task % sources.count();
+      kernels.sparse_fill_panel(p, first + block, sources.begin(range), sources.end(range),
+                                scratch.panels + block * panel);
+    });
+    parallel_for(targets.count(), threads, [&](int64_t range) {
+      kernels.sparse_blocks(p, scratch, first, count, targets.begin(range), targets.end(range));
+    });
+  }
 }
 
 void advise_huge_pages(void* data, size_t bytes) {

@@ -10,6 +10,7 @@ void run_quantization(const Kernels& kernels, const Quantization& q, int threads
 void run_dequantization(const Kernels& kernels, const Dequantization& d, int threads);
 void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads);
 void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads);
+void run_sparse_product(const Kernels& kernels, const SparseProduct& p);  // on p.threads threads
 
 // Asks the system for huge pages under a large buffer that is about to be written as a whole: the page faults of fresh
 // memory then cost a few hundred calls instead of tens of thousands. A hint; does nothing where there is no such thing.

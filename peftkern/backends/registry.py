@@ -31,7 +31,12 @@ class NotPreferred(NotMeant):
 
 ELSEWHERE = NotMeant("the tensors are on another device")
 
-_MODULES = ("peftkern.backends.cpu", "peftkern.backends.cuda", "peftkern.backends.triton.register")
+_MODULES = (
+    "peftkern.backends.cpu",
+    "peftkern.backends.cpu_sparse_delta",
+    "peftkern.backends.cuda",
+    "peftkern.backends.triton.register",
+)
 
 ENVIRONMENT_VARIABLE = "PEFTKERN_BACKEND"
 

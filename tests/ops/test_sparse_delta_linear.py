@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from isa_backends import select
+from isa_backends import ISA_BACKENDS, select
 from lora_problem import TOLERANCE, relative_error
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from peftkern.formats import QuantizedTensor, SparseIndices
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
 
 
-@pytest.fixture(params=["reference"])
+@pytest.fixture(params=ISA_BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return select(request.param, monkeypatch)
 

@@ -12,12 +12,15 @@
 #include "cpu/isa/quantize.inl.h"
 //
 #include "cpu/isa/silu_mul.inl.h"
+//
+#include "cpu/isa/sparse_delta.inl.h"
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
       kNativeBfloat16,   kNativeFloat16,    product_scratch,
       product_tasks,     product_task,      quantize_blocks,
       dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
+      sparse_fill_panel, sparse_blocks,
   };
   return &table;
 }

@@ -143,3 +143,10 @@ static inline void transpose(Int r[8]) {
     r[i + 4] = _mm256_permute2x128_si256(s[i], s[4 + i], 0x31);
   }
 }
+
+// Lane i becomes the sum of the lanes of r[i].
+static inline Float sum_lanes(const Float r[8]) {
+  const Float low = _mm256_hadd_ps(_mm256_hadd_ps(r[0], r[1]), _mm256_hadd_ps(r[2], r[3]));
+  const Float high = _mm256_hadd_ps(_mm256_hadd_ps(r[4], r[5]), _mm256_hadd_ps(r[6], r[7]));
+  return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}

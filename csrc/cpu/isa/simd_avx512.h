@@ -114,6 +114,21 @@ static inline void transpose(Int r[16]) {
   }
 }
 
+// Lane i becomes the sum of the lanes of r[i].
+static inline Float sum_lanes(const Float r[16]) {
+  __m512 pairs[8], fours[4], eights[2];
+  for (int i = 0; i < 8; ++i)
+    pairs[i] = add(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  for (int i = 0; i < 2; ++i)
+    eights[i] = add(_mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0x88),
+                    _mm512_shuffle_f32x4(fours[2 * i], fours[2 * i + 1], 0xDD));
+  return add(_mm512_shuffle_f32x4(eights[0], eights[1], 0x88), _mm512_shuffle_f32x4(eights[0], eights[1], 0xDD));
+}
+
 // ---- bfloat16: a lane holds two consecutive terms, the first in the low half
 
 // Rounded to nearest even, in the high half of each lane; the low half is undefined. NaN stays NaN: rounding its bits

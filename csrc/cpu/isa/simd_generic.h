@@ -28,3 +28,10 @@ static inline Float fma(Float a, Float b, Float c) {
 }
 static inline Float mul(Float a, Float b) { return a * b; }
 static inline Float add(Float a, Float b) { return a + b; }
+
+// Lane i becomes the sum of the lanes of r[i].
+static inline Float sum_lanes(const Float r[4]) {
+  Float sums;
+  for (int i = 0; i < kLanes; ++i) sums[i] = (r[i][0] + r[i][1]) + (r[i][2] + r[i][3]);
+  return sums;
+}

@@ -1,0 +1,310 @@
+// A sparse matrix times activations, and the gradient of its entries; kernels.h, struct SparseProduct, says what.
+//
+// Tokens are taken in blocks. The source is turned into a panel [features][tokens of the block], so that an entry is
+// one multiplication over contiguous tokens, its value being the same for all. The gradient of an entry is the dot
+// product of its row of the panel with the pair's feature, which is turned on the way: the panel is read once for both.
+#pragma once
+
+constexpr int kWidestBlock = 64;
+
+// ---- how the tokens of a block lie in registers
+
+// A block of whole vectors.
+template <int kWidth>
+struct BlockVectors {
+  using Vector = Float;
+  static constexpr int kElements = kLanes;
+  static constexpr int kCount = kWidth / kLanes;
+  static inline Vector zeros() { return zero(); }
+  static inline Vector read(const float* p) { return load(p); }
+  static inline void write(float* p, Vector v) { store(p, v); }
+  static inline Vector spread(float v) { return broadcast(v); }
+  static inline Vector product(Vector a, Vector b) { return mul(a, b); }
+  static inline Vector add_product(Vector a, Vector b, Vector sum) { return fma(a, b, sum); }
+};
+
+// Few tokens, less than a vector of this instruction set.
+template <int kWidth>
+struct ShortVector {
+  typedef float Vector __attribute__((vector_size(kWidth * sizeof(float))));
+  static constexpr int kElements = kWidth;
+  static constexpr int kCount = 1;
+  static inline Vector zeros() { return Vector{}; }
+  static inline Vector read(const float* p) {
+    Vector v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static inline void write(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+  static inline Vector spread(float v) { return Vector{} + v; }
+  static inline Vector product(Vector a, Vector b) { return a * b; }
+  static inline Vector add_product(Vector a, Vector b, Vector sum) { return a * b + sum; }
+};
+
+// ---- between activations, [tokens, features], and panels
+
+static inline void transpose_floats(Float r[kLanes]) {
+#ifdef PEFTKERN_VECTOR_DECODE
+  Int bits[kLanes];
+  for (int i = 0; i < kLanes; ++i) bits[i] = as_int(r[i]);
+  transpose(bits);
+  for (int i = 0; i < kLanes; ++i) r[i] = as_float(bits[i]);
+#else
+  float values[kLanes * kLanes], turned[kLanes * kLanes];
+  for (int i = 0; i < kLanes; ++i) store(values + i * kLanes, r[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) turned[i * kLanes + j] = values[j * kLanes + i];
+  for (int i = 0; i < kLanes; ++i) r[i] = load(turned + i * kLanes);
+#endif
+}
+
+template <DType kType>
+static inline Float read_lanes(const void* data, int64_t index, int64_t count) {
+  if constexpr (kType == DType::float32) {
+    if (count == kLanes) return load(static_cast<const float*>(data) + index);
+  }
+#ifdef PEFTKERN_VECTOR_DECODE
+  if constexpr (kType != DType::float32) {
+    if (count == kLanes) {
+      const Int words = expand_words(static_cast<const uint16_t*>(data) + index);
+      return kType == DType::bfloat16 ? as_float(shift_left<16>(words)) : half_to_float(words);
+    }
+  }
+#endif
+  alignas(64) float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = load_float(data, kType, index + i);
+  return load(values);
+}
+
+template <DType kType>
+static inline void write_lanes(void* data, int64_t index, int64_t count, Float v) {
+  if constexpr (kType == DType::float32) {
+    if (count == kLanes) return store(static_cast<float*>(data) + index, v);
+  }
+#ifdef PEFTKERN_VECTOR_DECODE
+  if constexpr (kType == DType::bfloat16) {
+    if (count == kLanes) return store_bfloat16(static_cast<uint16_t*>(data) + index, v);
+  }
+  if constexpr (kType == DType::float16) {
+    if (count == kLanes) return store_halves(static_cast<uint16_t*>(data) + index, v);
+  }
+#endif
+  alignas(64) float values[kLanes];
+  store(values, v);
+  for (int64_t i = 0; i < count; ++i) store_float(data, kType, index + i, values[i]);
+}
+
+// Some tokens and at most kLanes features of activations.
+struct TokenTile {
+  TokenRows rows;
+  int64_t token;
+  int64_t tokens;
+  int64_t feature;
+  int64_t features;
+
+  int64_t index(int64_t row) const { return (token + row) * rows.token_stride + feature; }
+};
+
+// Writes [features][width]; tokens that are not there are zeros.
+template <DType kType>
+static void turn_tile(const TokenTile& tile, int64_t width, float* out) {
+  for (int64_t first = 0; first < width; first += kLanes) {
+    Float r[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const bool exists = first + lane < tile.tokens;
+      r[lane] = exists ? read_lanes<kType>(tile.rows.data, tile.index(first + lane), tile.features) : zero();
+    }
+    transpose_floats(r);
+    if (width >= kLanes) {
+      for (int64_t i = 0; i < tile.features; ++i) store(out + i * width + first, r[i]);
+      continue;
+    }
+    alignas(64) float values[kLanes];
+    for (int64_t i = 0; i < tile.features; ++i) {
+      store(values, r[i]);
+      std::memcpy(out + i * width, values, static_cast<size_t>(width) * sizeof(float));
+    }
+  }
+}
+
+static void turn_tile(const TokenTile& tile, int64_t width, float* out) {
+  if (tile.rows.dtype == DType::float32) return turn_tile<DType::float32>(tile, width, out);
+  if (tile.rows.dtype == DType::bfloat16) return turn_tile<DType::bfloat16>(tile, width, out);
+  return turn_tile<DType::float16>(tile, width, out);
+}
+
+// tile += scaling * sums, [kLanes][width] with kLanes floats behind.
+template <DType kType>
+static void add_turned(const TokenTile& tile, int64_t width, float scaling, const float* sums) {
+  const Float factor = broadcast(scaling);
+  for (int64_t first = 0; first < tile.tokens; first += kLanes) {
+    Float r[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) r[i] = load(sums + i * width + first);
+    transpose_floats(r);
+    const int64_t lanes = minimum(kLanes, tile.tokens - first);
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t index = tile.index(first + lane);
+      const Float before = read_lanes<kType>(tile.rows.data, index, tile.features);
+      write_lanes<kType>(tile.rows.data, index, tile.features, fma(factor, r[lane], before));
+    }
+  }
+}
+
+static void add_turned(const TokenTile& tile, int64_t width, float scaling, const float* sums) {
+  if (tile.rows.dtype == DType::float32) return add_turned<DType::float32>(tile, width, scaling, sums);
+  if (tile.rows.dtype == DType::bfloat16) return add_turned<DType::bfloat16>(tile, width, scaling, sums);
+  return add_turned<DType::float16>(tile, width, scaling, sums);
+}
+
+static TokenTile token_tile(const SparseProduct& p, const TokenRows& rows, int64_t features, int64_t block,
+                            int64_t feature) {
+  const int64_t width = sparse_block_tokens(p), token = block * width;
+  return {rows, token, minimum(width, p.tokens - token), feature, minimum(kLanes, features - feature)};
+}
+
+// ---- panels
+
+static void sparse_fill_panel(const SparseProduct& p, int64_t block, int64_t begin, int64_t end, float* panel) {
+  const int64_t width = sparse_block_tokens(p);
+  for (int64_t feature = begin; feature < end; feature += kLanes) {
+    const TokenTile tile = token_tile(p, p.source, p.source_features, block, feature);
+    if (p.source_offsets[feature] == p.source_offsets[feature + tile.features]) continue;  // nobody reads it
+    turn_tile(tile, width, panel + feature * width);
+  }
+}
+
+// ---- products
+
+// The sums over tokens of the entries' products: kLanes entries are summed together.
+struct EntrySums {
+  float* place;
+  bool accumulate;
+  int64_t count = 0;
+  alignas(64) float products[kLanes * kLanes];
+
+  EntrySums(float* place_, bool accumulate_) : place(place_), accumulate(accumulate_) {}
+
+  inline void put(Float product) {
+    store(products + count * kLanes, product);
+    if (++count == kLanes) finish();
+  }
+
+  template <class Short>
+  inline void put(Short product) {
+    float sum = 0.0f;
+    for (size_t i = 0; i < sizeof product / sizeof(float); ++i) sum += product[i];
+    *place = accumulate ? *place + sum : sum;
+    ++place;
+  }
+
+  void finish() {
+    Float r[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < count ? load(products + i * kLanes) : zero();
+    const Float sums = sum_lanes(r);
+    if (count == kLanes) {
+      store(place, accumulate ? add(load(place), sums) : sums);
+    } else {
+      alignas(64) float values[kLanes];
+      store(values, sums);
+      for (int64_t i = 0; i < count; ++i) place[i] = accumulate ? place[i] + values[i] : values[i];
+    }
+    place += count;
+    count = 0;
+  }
+};
+
+// The entries of one feature of the target.
+struct EntryRange {
+  int64_t begin;
+  int64_t end;
+  const int32_t* others;
+  const float* values;
+};
+
+// sums: of the feature, [width], written where kTarget; pair: of the feature, [width], read where kPair.
+template <class Block, bool kTarget, bool kPair>
+static inline void sparse_feature(const EntryRange& entries, const float* panel, float* sums, const float* pair,
+                                  EntrySums& entry_sums) {
+  using Vector = typename Block::Vector;
+  Vector totals[Block::kCount], pairs[Block::kCount];
+#pragma GCC unroll 16
+  for (int v = 0; v < Block::kCount; ++v) {
+    totals[v] = Block::zeros();
+    pairs[v] = kPair ? Block::read(pair + v * Block::kElements) : Block::zeros();
+  }
+  for (int64_t e = entries.begin; e < entries.end; ++e) {
+    const float* source = panel + int64_t{entries.others[e]} * (Block::kCount * Block::kElements);
+    const Vector value = Block::spread(kTarget ? entries.values[e] : 0.0f);
+    Vector product = Block::zeros();
+#pragma GCC unroll 16
+    for (int v = 0; v < Block::kCount; ++v) {
+      const Vector tokens = Block::read(source + v * Block::kElements);
+      if constexpr (kTarget) totals[v] = Block::add_product(value, tokens, totals[v]);
+      if constexpr (kPair)
+        product = v == 0 ? Block::product(pairs[v], tokens) : Block::add_product(pairs[v], tokens, product);
+    }
+    if constexpr (kPair) entry_sums.put(product);
+  }
+  if constexpr (kTarget) {
+#pragma GCC unroll 16
+    for (int v = 0; v < Block::kCount; ++v) Block::write(sums + v * Block::kElements, totals[v]);
+  }
+}
+
+template <class Block, bool kTarget, bool kPair>
+static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
+                         int64_t end, const float* panel) {
+  constexpr int64_t kWidth = Block::kCount * Block::kElements;
+  alignas(64) float sums[kLanes * kWidth + kLanes] = {}, pair[kLanes * kWidth];
+  EntrySums entry_sums(kPair ? scratch.sums + p.offsets[begin] : nullptr, block > 0);
+  const float* values = p.order == nullptr ? p.values : scratch.values;
+  for (int64_t feature = begin; feature < end; feature += kLanes) {
+    const int64_t features = minimum(kLanes, p.features - feature);
+    if (p.offsets[feature] == p.offsets[feature + features]) continue;
+    if (kPair) turn_tile(token_tile(p, p.pair, p.features, block, feature), kWidth, pair);
+    for (int64_t i = 0; i < features; ++i) {
+      const EntryRange entries = {p.offsets[feature + i], p.offsets[feature + i + 1], p.others, values};
+      sparse_feature<Block, kTarget, kPair>(entries, panel, sums + i * kWidth, pair + i * kWidth, entry_sums);
+    }
+    if (kTarget) add_turned(token_tile(p, p.target, p.features, block, feature), kWidth, p.scaling, sums);
+  }
+  if (kPair) entry_sums.finish();
+}
+
+template <class Block>
+static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
+                         int64_t end, const float* panel) {
+  if (p.gradients == nullptr) return sparse_block<Block, true, false>(p, scratch, block, begin, end, panel);
+  if (p.target.data == nullptr) return sparse_block<Block, false, true>(p, scratch, block, begin, end, panel);
+  return sparse_block<Block, true, true>(p, scratch, block, begin, end, panel);
+}
+
+template <int kWidth>
+static void sparse_block_of(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
+                            int64_t end, const float* panel) {
+  if constexpr (kWidth >= kLanes)
+    sparse_block<BlockVectors<kWidth>>(p, scratch, block, begin, end, panel);
+  else
+    sparse_block<ShortVector<kWidth>>(p, scratch, block, begin, end, panel);
+}
+
+static void sparse_blocks(const SparseProduct& p, const SparseScratch& scratch, int64_t first, int64_t count,
+                          int64_t begin, int64_t end) {
+  const int64_t width = sparse_block_tokens(p);
+  const int64_t entries_begin = p.offsets[begin], entries_end = p.offsets[end];
+  if (first == 0 && p.order != nullptr && p.target.data != nullptr)
+    for (int64_t e = entries_begin; e < entries_end; ++e) scratch.values[e] = p.values[p.order[e]];
+  for (int64_t i = 0; i < count; ++i) {
+    const float* panel = scratch.panels + i * p.source_features * width;
+    const auto run = width == 1    ? sparse_block_of<1>
+                     : width == 2  ? sparse_block_of<2>
+                     : width == 4  ? sparse_block_of<4>
+                     : width == 8  ? sparse_block_of<8>
+                     : width == 16 ? sparse_block_of<16>
+                     : width == 32 ? sparse_block_of<32>
+                                   : sparse_block_of<64>;
+    run(p, scratch, first + i, begin, end, panel);
+  }
+  if (p.gradients != nullptr && (first + count) * width >= p.tokens)
+    for (int64_t e = entries_begin; e < entries_end; ++e) p.gradients[p.order[e]] = p.scaling * scratch.sums[e];
+}
