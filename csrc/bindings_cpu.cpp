@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -199,6 +200,126 @@ void sparse_product(const std::string& isa, int64_t tokens, const TokenRowsTuple
   cpu::run_sparse_product(kernels, p);
 }
 
+// (data, absmax, values, bounds, cells, first_cell, last_cell, has_sign)
+using MomentTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, bool>;
+
+cpu::Moment to_moment(const MomentTuple& t) {
+  cpu::Moment m;
+  m.data = reinterpret_cast<void*>(std::get<0>(t));
+  m.absmax = reinterpret_cast<float*>(std::get<1>(t));
+  m.values = pointer<float>(std::get<2>(t));
+  m.bounds = pointer<float>(std::get<3>(t));
+  m.cells = pointer<uint8_t>(std::get<4>(t));
+  m.first_cell = std::get<5>(t);
+  m.last_cell = std::get<6>(t);
+  m.has_sign = std::get<7>(t);
+  return m;
+}
+
+// (data, dtype)
+using ValuesTuple = std::tuple<uintptr_t, int>;
+// (age, corrections, last_age); an age of 0 means that entries have none
+using AgesTuple = std::tuple<uintptr_t, uintptr_t, int32_t>;
+// (scale, row_scales, mask, columns)
+using ScaleTuple = std::tuple<float, uintptr_t, uintptr_t, int64_t>;
+
+void adamw(const std::string& isa, const ValuesTuple& parameter, const ValuesTuple& gradient, int64_t elements,
+           const MomentTuple& mean, const MomentTuple& square, const std::array<float, 8>& coefficients,
+           const AgesTuple& ages, const ScaleTuple& scale, int threads) {
+  if (std::get<0>(parameter) == 0 || std::get<0>(gradient) == 0 || std::get<0>(mean) == 0 || std::get<0>(square) == 0)
+    throw std::invalid_argument("adamw: parameter, gradient and moments must have memory on the CPU");
+  cpu::AdamW a;
+  a.parameter = reinterpret_cast<void*>(std::get<0>(parameter));
+  a.parameter_dtype = static_cast<DType>(std::get<1>(parameter));
+  a.gradient = pointer<void>(std::get<0>(gradient));
+  a.gradient_dtype = static_cast<DType>(std::get<1>(gradient));
+  a.elements = elements;
+  a.mean = to_moment(mean);
+  a.square = to_moment(square);
+  a.lr = coefficients[0];
+  a.mean_weight = coefficients[1];
+  a.square_decay = coefficients[2];
+  a.square_weight = coefficients[3];
+  a.eps = coefficients[4];
+  a.decay = coefficients[5];
+  a.mean_correction = coefficients[6];
+  a.root_correction = coefficients[7];
+  a.age = reinterpret_cast<int32_t*>(std::get<0>(ages));
+  a.corrections = pointer<float>(std::get<1>(ages));
+  a.last_age = std::get<2>(ages);
+  a.scale = std::get<0>(scale);
+  a.row_scales = pointer<float>(std::get<1>(scale));
+  a.mask = pointer<uint8_t>(std::get<2>(scale));
+  a.columns = std::get<3>(scale);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_adamw(kernels, a, threads);
+}
+
+// (score, a, other, columns, elements, exclude, exclude_count); the address of `other` is 0 where there is none
+using ScoresTuple = std::tuple<int, ValuesTuple, ValuesTuple, int64_t, int64_t, uintptr_t, int64_t>;
+
+cpu::Scores to_scores(const ScoresTuple& t) {
+  cpu::Scores s;
+  s.score = static_cast<cpu::Score>(std::get<0>(t));
+  s.a = pointer<void>(std::get<0>(std::get<1>(t)));
+  s.a_dtype = static_cast<DType>(std::get<1>(std::get<1>(t)));
+  s.other = pointer<void>(std::get<0>(std::get<2>(t)));
+  s.other_dtype = static_cast<DType>(std::get<1>(std::get<2>(t)));
+  s.columns = std::get<3>(t);
+  s.elements = std::get<4>(t);
+  s.exclude = pointer<int64_t>(std::get<5>(t));
+  s.exclude_count = std::get<6>(t);
+  if (s.a == nullptr) throw std::invalid_argument("scores: tensors must have memory on the CPU");
+  return s;
+}
+
+void score_histogram(const std::string& isa, const ScoresTuple& scores, int shift, int bits, uint32_t prefix,
+                     uintptr_t counts, int threads) {
+  const cpu::Scores s = to_scores(scores);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_score_histogram(kernels, s, {shift, bits, prefix}, reinterpret_cast<int64_t*>(counts), threads);
+}
+
+void score_collect(const std::string& isa, const ScoresTuple& scores, uint32_t key, int64_t ties, uintptr_t out,
+                   int64_t count, int threads) {
+  const cpu::Scores s = to_scores(scores);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_score_collect(kernels, s, key, ties, reinterpret_cast<int64_t*>(out), count, threads);
+}
+
+// (term, gradient, other, rows, columns); the address of `other` is 0 where there is none
+using ImportanceTuple = std::tuple<int, ValuesTuple, ValuesTuple, int64_t, int64_t>;
+
+cpu::Importance to_importance(const ImportanceTuple& t) {
+  cpu::Importance p;
+  p.term = static_cast<cpu::Term>(std::get<0>(t));
+  p.gradient = pointer<void>(std::get<0>(std::get<1>(t)));
+  p.gradient_dtype = static_cast<DType>(std::get<1>(std::get<1>(t)));
+  p.other = pointer<void>(std::get<0>(std::get<2>(t)));
+  p.other_dtype = static_cast<DType>(std::get<1>(std::get<2>(t)));
+  p.rows = std::get<3>(t);
+  p.columns = std::get<4>(t);
+  if (p.gradient == nullptr) throw std::invalid_argument("importance: tensors must have memory on the CPU");
+  return p;
+}
+
+void add_importance(const std::string& isa, const ImportanceTuple& importance, uintptr_t total, int threads) {
+  const cpu::Importance p = to_importance(importance);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_add_importance(kernels, p, reinterpret_cast<float*>(total), threads);
+}
+
+void sum_importance(const std::string& isa, const ImportanceTuple& importance, uintptr_t sums, int threads) {
+  const cpu::Importance p = to_importance(importance);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_sum_importance(kernels, p, reinterpret_cast<double*>(sums), threads);
+}
+
 py::list instruction_sets() {
   py::list rows;
   for (const cpu::InstructionSet& set : cpu::instruction_sets()) {
@@ -248,4 +369,16 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("sparse_product", &sparse_product, py::arg("isa"), py::arg("tokens"), py::arg("source"), py::arg("target"),
              py::arg("pair"), py::arg("order"), py::arg("values"), py::arg("gradients"), py::arg("scaling"),
              py::arg("threads"), "csrc/cpu/kernels.h, struct SparseProduct, says what is computed.");
+  module.def("adamw", &adamw, py::arg("isa"), py::arg("parameter"), py::arg("gradient"), py::arg("elements"),
+             py::arg("mean"), py::arg("square"), py::arg("coefficients"), py::arg("ages"), py::arg("scale"),
+             py::arg("threads"), "csrc/cpu/kernels.h, struct AdamW, says what is computed.");
+  module.def("score_histogram", &score_histogram, py::arg("isa"), py::arg("scores"), py::arg("shift"), py::arg("bits"),
+             py::arg("prefix"), py::arg("counts"), py::arg("threads"),
+             "csrc/cpu/kernels.h, structs Scores and Digit, says what is counted.");
+  module.def("score_collect", &score_collect, py::arg("isa"), py::arg("scores"), py::arg("key"), py::arg("ties"),
+             py::arg("out"), py::arg("count"), py::arg("threads"), "csrc/cpu/run.h says what is collected.");
+  module.def("add_importance", &add_importance, py::arg("isa"), py::arg("importance"), py::arg("total"),
+             py::arg("threads"), "csrc/cpu/kernels.h, struct Importance, says what is added.");
+  module.def("sum_importance", &sum_importance, py::arg("isa"), py::arg("importance"), py::arg("sums"),
+             py::arg("threads"), "csrc/cpu/kernels.h, struct Importance, says what is summed.");
 }

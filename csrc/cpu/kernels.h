@@ -141,6 +141,78 @@ static inline int64_t sparse_block_tokens(const SparseProduct& p) {
 // Ranges of features begin at multiples of it, which are multiples of every vector.
 constexpr int64_t kSparseStep = 16;
 
+constexpr int64_t kMomentBlock = 256;  // entries that share the scale of an 8-bit moment
+constexpr int kMomentCellShift = 16;   // bits of a float below those that say which cell it is in
+
+// A moment: floats, or codes where there is `absmax`. To encode, the magnitude's upper bits, less those of the first
+// cell, give the bounds that are below the cell; one bound more may be in it.
+struct Moment {
+  void* data = nullptr;
+  float* absmax = nullptr;         // of each block
+  const float* values = nullptr;   // of the 256 codes
+  const float* bounds = nullptr;   // ascending, and infinity
+  const uint8_t* cells = nullptr;  // last_cell + 1 counts
+  int32_t first_cell = 0;
+  int32_t last_cell = 0;
+  bool has_sign = false;
+};
+
+// One update in place; peftkern/ops/adamw.py says what is computed. All tensors are contiguous. The update is
+// multiplied by `row_scales` or by `mask` where there is one, by `scale` otherwise.
+struct AdamW {
+  void* parameter = nullptr;
+  DType parameter_dtype = DType::float32;
+  const void* gradient = nullptr;
+  DType gradient_dtype = DType::float32;
+  int64_t elements = 0;
+  Moment mean, square;
+  float lr = 0, mean_weight = 0, square_decay = 0, square_weight = 0, eps = 0, decay = 0;
+  float mean_correction = 1, root_correction = 1;
+  int32_t* age = nullptr;              // updates of each entry; null: all have the corrections above
+  const float* corrections = nullptr;  // pairs, by age
+  int32_t last_age = 0;
+  float scale = 1;
+  const float* row_scales = nullptr;
+  const uint8_t* mask = nullptr;  // rows of bits, each a whole number of bytes
+  int64_t columns = 0;            // entries of a row
+};
+
+// Scores of one tensor; peftkern/ops/select_top.py says what they are, and how a key orders as its score does.
+enum class Score : int32_t { magnitude = 0, value = 1, difference = 2, product = 3, outer = 4 };
+
+struct Scores {
+  Score score = Score::magnitude;
+  const void* a = nullptr;
+  DType a_dtype = DType::float32;
+  const void* other = nullptr;  // null where the score takes none
+  DType other_dtype = DType::float32;
+  int64_t columns = 0;  // outer: elements of `other`
+  int64_t elements = 0;
+  const int64_t* exclude = nullptr;  // strictly ascending elements, whose key is 0
+  int64_t exclude_count = 0;
+};
+
+constexpr int64_t kScoreBuckets = 2048;
+
+// Some bits of a key; only the keys count whose bits above these are the prefix.
+struct Digit {
+  int shift = 0;
+  int bits = 0;
+  uint32_t prefix = 0;
+};
+
+// Terms of importance; peftkern/ops/importance.py says what they are. All tensors are contiguous.
+enum class Term : int32_t { sum = 0, square = 1, product = 2 };
+
+struct Importance {
+  Term term = Term::sum;
+  const void* gradient = nullptr;
+  DType gradient_dtype = DType::float32;
+  const void* other = nullptr;
+  DType other_dtype = DType::float32;
+  int64_t rows = 0, columns = 0;
+};
+
 struct Kernels {
   // Whether a form uses an instruction of the processor. Where not, the AVX-512 builds emulate it, for tests, and the
   // others run float32.
@@ -158,6 +230,12 @@ struct Kernels {
   // Features of the target, likewise, for `count` blocks of tokens from `first` on, whose panels are filled.
   void (*sparse_blocks)(const SparseProduct&, const SparseScratch&, int64_t first, int64_t count, int64_t begin,
                         int64_t end);
+  void (*adamw_elements)(const AdamW&, int64_t begin, int64_t end);
+  void (*score_counts)(const Scores&, const Digit&, int64_t begin, int64_t end, int64_t* counts);
+  void (*score_compare)(const Scores&, uint32_t key, int64_t begin, int64_t end, int64_t* above, int64_t* equal);
+  void (*score_collect)(const Scores&, uint32_t key, int64_t ties, int64_t begin, int64_t end, int64_t* out);
+  void (*add_importance)(const Importance&, float* total, int64_t begin, int64_t end);
+  double (*sum_importance)(const Importance&, int64_t begin, int64_t end);
 };
 
 }  // namespace peftkern::cpu

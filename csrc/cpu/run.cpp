@@ -3,7 +3,11 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -81,6 +85,81 @@ void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads) {
 void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads) {
   for_block_ranges(s.elements, 1, threads,
                    [&](int64_t begin, int64_t end) { kernels.silu_mul_backward_elements(s, begin, end); });
+}
+
+void run_adamw(const Kernels& kernels, const AdamW& a, int threads) {
+  const int64_t blocks_per_task = kElementsPerTask / kMomentBlock;
+  const int64_t elements_per_task = blocks_per_task * kMomentBlock;
+  parallel_for((a.elements + elements_per_task - 1) / elements_per_task, threads, [&](int64_t task) {
+    const int64_t begin = task * elements_per_task;
+    kernels.adamw_elements(a, begin, std::min(a.elements, begin + elements_per_task));
+  });
+}
+
+namespace {
+
+constexpr int64_t kScoresPerTask = 1 << 17;
+
+template <class Work>
+void for_score_ranges(const Scores& s, int threads, const Work& work) {
+  parallel_for((s.elements + kScoresPerTask - 1) / kScoresPerTask, threads, [&](int64_t task) {
+    work(task, task * kScoresPerTask, std::min(s.elements, (task + 1) * kScoresPerTask));
+  });
+}
+
+}  // namespace
+
+void run_score_histogram(const Kernels& kernels, const Scores& s, const Digit& digit, int64_t* counts, int threads) {
+  std::mutex mutex;
+  for_score_ranges(s, threads, [&](int64_t, int64_t begin, int64_t end) {
+    int64_t own[kScoreBuckets] = {};
+    kernels.score_counts(s, digit, begin, end, own);
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int64_t bucket = 0; bucket < kScoreBuckets; ++bucket) counts[bucket] += own[bucket];
+  });
+}
+
+void run_score_collect(const Kernels& kernels, const Scores& s, uint32_t key, int64_t ties, int64_t* out, int64_t count,
+                       int threads) {
+  const size_t tasks = static_cast<size_t>((s.elements + kScoresPerTask - 1) / kScoresPerTask);
+  std::vector<int64_t> above(tasks), equal(tasks), first(tasks);
+  for_score_ranges(s, threads, [&](int64_t task, int64_t begin, int64_t end) {
+    kernels.score_compare(s, key, begin, end, &above[static_cast<size_t>(task)], &equal[static_cast<size_t>(task)]);
+  });
+  int64_t written = 0;
+  for (size_t task = 0; task < tasks; ++task) {
+    equal[task] = std::min(equal[task], ties);
+    ties -= equal[task];
+    first[task] = written;
+    written += above[task] + equal[task];
+  }
+  if (written != count) throw std::runtime_error("score_collect: the scores have changed since they were counted");
+  for_score_ranges(s, threads, [&](int64_t index, int64_t begin, int64_t end) {
+    const size_t task = static_cast<size_t>(index);
+    if (above[task] + equal[task] > 0) kernels.score_collect(s, key, equal[task], begin, end, out + first[task]);
+  });
+}
+
+void run_add_importance(const Kernels& kernels, const Importance& p, float* total, int threads) {
+  for_block_ranges(p.rows * p.columns, 1, threads,
+                   [&](int64_t begin, int64_t end) { kernels.add_importance(p, total, begin, end); });
+}
+
+// Long rows are summed in pieces, whose length does not depend on the threads.
+void run_sum_importance(const Kernels& kernels, const Importance& p, double* sums, int threads) {
+  const int64_t pieces = std::max<int64_t>(1, (p.columns + kElementsPerTask - 1) / kElementsPerTask);
+  std::vector<double> partial(static_cast<size_t>(p.rows * pieces));
+  const int64_t per_task = std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, p.columns));
+  parallel_for((p.rows * pieces + per_task - 1) / per_task, threads, [&](int64_t task) {
+    const int64_t last = std::min(p.rows * pieces, (task + 1) * per_task);
+    for (int64_t index = task * per_task; index < last; ++index) {
+      const int64_t row = index / pieces * p.columns, begin = index % pieces * kElementsPerTask;
+      const int64_t end = std::min(p.columns, begin + kElementsPerTask);
+      partial[static_cast<size_t>(index)] = kernels.sum_importance(p, row + begin, row + end);
+    }
+  });
+  for (int64_t row = 0; row < p.rows; ++row)
+    sums[row] = std::accumulate(partial.begin() + row * pieces, partial.begin() + (row + 1) * pieces, 0.0);
 }
 
 void run_product(const Kernels& kernels, const Product& p) {

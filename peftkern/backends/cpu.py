@@ -22,8 +22,9 @@ from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.quantize import assemble, dynamic_grid, four_bit_bounds, quantize_scales
 
 try:
-    from peftkern import _cpu as native
+    from peftkern import _cpu
 
+    native: Any = _cpu
     _IMPORT_ERROR: str | None = None
 except ImportError as error:
     native = None
@@ -229,6 +230,20 @@ def _product(
 def _dropout_tuples(adapters: Adapters) -> list[tuple[int, int, float]]:
     seed = 0 if adapters.seed is None else int(adapters.seed)
     return [(seed, index, p) for index, p in enumerate(adapters.dropout_p)]
+
+
+def supports_values(tensor: Tensor, *_rest: Any) -> str | None:
+    """Why kernels that read the elements of ``tensor`` one by one cannot, or ``None``."""
+    if native is None:
+        return _IMPORT_ERROR
+    if tensor.device.type != "cpu":
+        return f"tensors are on {tensor.device}"
+    return None if tensor.dtype in _DTYPE_CODE else f"{tensor.dtype} tensors"
+
+
+def values_tuple(tensor: Tensor | None) -> tuple[int, int]:
+    """Address and dtype of a contiguous tensor for the native call; address 0 where there is none."""
+    return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPE_CODE[tensor.dtype])
 
 
 # ---- quantize, dequantize
@@ -511,15 +526,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, mask: BitMask, dtype: torch.dtype)
 # ---- silu_mul
 
 
-def _supports_silu_mul(tensor: Tensor, *_rest: Any) -> str | None:
-    if native is None:
-        return _IMPORT_ERROR
-    if tensor.device.type != "cpu":
-        return f"tensors are on {tensor.device}"
-    return None if tensor.dtype in _DTYPE_CODE else f"{tensor.dtype} tensors"
-
-
-@registry.register("silu_mul", "cpu", supports=_supports_silu_mul)
+@registry.register("silu_mul", "cpu", supports=supports_values)
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Forward; see :func:`peftkern.ops.silu_mul.silu_mul`. Tensors that are not contiguous are copied first."""
     gate, up = gate.contiguous(), up.contiguous()
@@ -536,7 +543,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@registry.register("silu_mul_backward", "cpu", supports=_supports_silu_mul)
+@registry.register("silu_mul_backward", "cpu", supports=supports_values)
 def silu_mul_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -34,6 +34,8 @@ ELSEWHERE = NotMeant("the tensors are on another device")
 _MODULES = (
     "peftkern.backends.cpu",
     "peftkern.backends.cpu_sparse_delta",
+    "peftkern.backends.cpu_optimizer",
+    "peftkern.backends.cpu_select",
     "peftkern.backends.cuda",
     "peftkern.backends.triton.register",
 )

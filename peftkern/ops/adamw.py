@@ -150,12 +150,13 @@ def adamw_8bit_(
 
 
 def _run(operation: str, arguments: tuple[Any, ...], backend: str | None) -> None:
-    parameter, gradient, *rest = arguments
-    scale = rest[-1]
-    if isinstance(scale, float | int) and scale == 0:
-        return
+    parameter, gradient, *rest, scale = arguments
+    if isinstance(scale, float | int):
+        scale = _float32(scale)
+        if scale == 0:
+            return
     with torch.no_grad():
-        registry.run(operation, parameter.detach(), gradient.detach(), *rest, backend=backend)
+        registry.run(operation, parameter.detach(), gradient.detach(), *rest, scale, backend=backend)
     # native kernels write past autograd, which has to learn that what it saved has changed
     torch.autograd.graph.increment_version(parameter)
 
@@ -283,8 +284,9 @@ def empty_moments(parameter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return state1, state2, absmax1, absmax2
 
 
-def _moment_format(signed: bool) -> str:
-    return "int8_blockwise" if signed else "uint8_blockwise"
+def moment_values(signed: bool, device: torch.device) -> Tensor:
+    """What each code of a moment stands for, before its block's scale: [256] float32, ascending."""
+    return codebook("int8_blockwise" if signed else "uint8_blockwise", device)
 
 
 @lru_cache(maxsize=8)
@@ -294,7 +296,7 @@ def moment_magnitudes(signed: bool, device: torch.device) -> tuple[Tensor, Tenso
     A value has the magnitude whose number is the count of bounds strictly below it. Bounds are the middles, but for the
     first one without a sign, 0.
     """
-    values = codebook(_moment_format(signed), device)
+    values = moment_values(signed, device)
     magnitudes = values[values >= 0]
     bounds = (magnitudes[:-1] + magnitudes[1:]) / 2
     if not signed:
@@ -322,7 +324,7 @@ def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantize_moment(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """The moment that :func:`quantize_moment` made ``codes`` and ``absmax`` of: float32, of the shape of ``codes``."""
-    values = codebook(_moment_format(signed), codes.device)[codes.reshape(-1).int()]
+    values = moment_values(signed, codes.device)[codes.reshape(-1).int()]
     return (values * absmax.repeat_interleave(MOMENT_BLOCK_SIZE)[: codes.numel()]).view(codes.shape)
 
 
@@ -414,7 +416,8 @@ def _updated(
     parameter: Tensor, mean: Tensor, square: Tensor, c: Coefficients, age: Tensor | None, factor: Tensor | None
 ) -> Tensor:
     mean_correction, root_correction = _entry_corrections(c, age)
-    step = mean * (mean_correction * c.lr) / (square.sqrt() * root_correction + c.eps) + parameter * c.decay
+    root = square.double().sqrt().float()  # rounded to nearest, which PyTorch's float32 root on the CPU is not
+    step = mean * (mean_correction * c.lr) / (root * root_correction + c.eps) + parameter * c.decay
     return parameter - (step if factor is None else step * factor)
 
 

@@ -14,13 +14,21 @@
 #include "cpu/isa/silu_mul.inl.h"
 //
 #include "cpu/isa/sparse_delta.inl.h"
+//
+#include "cpu/isa/adamw.inl.h"
+//
+#include "cpu/isa/select.inl.h"
+//
+#include "cpu/isa/importance.inl.h"
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
       kNativeBfloat16,   kNativeFloat16,    product_scratch,
       product_tasks,     product_task,      quantize_blocks,
       dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
-      sparse_fill_panel, sparse_blocks,
+      sparse_fill_panel, sparse_blocks,     adamw_elements,
+      score_counts,      score_compare,     score_collect,
+      add_importance,    sum_importance,
   };
   return &table;
 }
