@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from peftkern.integrations import quantize_ as quantize_
     from peftkern.nn import QuantizedLinear as QuantizedLinear
     from peftkern.select.cofitune import CoFiTune as CoFiTune
+    from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
 
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
+    "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
@@ -44,6 +46,7 @@ register_on_import()
 
 __all__ = [
     "CoFiTune",
+    "FreezeAsGuard",
     "HalfFineTuning",
     "PatchReport",
     "QuantConfig",

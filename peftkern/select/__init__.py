@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.cofitune_search import cofitune_search as cofitune_search
+    from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
+    from peftkern.select.freeze_as_guard import FreezeGuard as FreezeGuard
+    from peftkern.select.freeze_as_guard import apply_guard as apply_guard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
     from peftkern.select.method import Method as Method
@@ -16,9 +19,12 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
+    "FreezeAsGuard": "peftkern.select.freeze_as_guard",
+    "FreezeGuard": "peftkern.select.freeze_as_guard",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "Method": "peftkern.select.method",
     "UnitImportance": "peftkern.select.unit_importance",
+    "apply_guard": "peftkern.select.freeze_as_guard",
     "cofitune_search": "peftkern.select.cofitune_search",
     "half_reset": "peftkern.select.half_fine_tuning",
     "measure_importance": "peftkern.select.unit_importance",

@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peftkern.sparse.applied import WrongBaseError as WrongBaseError
-    from peftkern.sparse.fingerprint import Fingerprint as Fingerprint
+    from peftkern.integrations.fingerprint import Fingerprint as Fingerprint
+    from peftkern.integrations.fingerprint import WrongBaseError as WrongBaseError
     from peftkern.sparse.layers import attach as attach
     from peftkern.sparse.layers import deltas as deltas
     from peftkern.sparse.layers import detach as detach
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
-    "Fingerprint": "peftkern.sparse.fingerprint",
+    "Fingerprint": "peftkern.integrations.fingerprint",
     "SkillGrafting": "peftkern.sparse.skill_grafting",
     "SparseUpdate": "peftkern.sparse.update",
-    "WrongBaseError": "peftkern.sparse.applied",
+    "WrongBaseError": "peftkern.integrations.fingerprint",
     "attach": "peftkern.sparse.layers",
     "deltas": "peftkern.sparse.layers",
     "detach": "peftkern.sparse.layers",

@@ -8,15 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from peftkern.integrations.fingerprint import base_parameters
 from peftkern.ops.lora_linear import FLOAT_DTYPES
-from peftkern.sparse.fingerprint import base_parameters
 from peftkern.sparse.layers import base_layer, deltas, detach, weight_shape
 from peftkern.sparse.merging import merge, unmerge
 from peftkern.sparse.update_file import Entries
-
-
-class WrongBaseError(ValueError):
-    """A sparse update is of another base model."""
 
 
 @dataclass

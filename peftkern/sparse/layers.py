@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats.sparse_indices import SparseIndices
+from peftkern.integrations.fingerprint import remember_base
 from peftkern.integrations.selection import adapter_ids, head_ids
 from peftkern.nn.sparse_linear import SparseDelta, SparseDeltas, class_with_deltas, deltas_of, under_deltas
 from peftkern.ops.lora_linear import FLOAT_DTYPES
 from peftkern.patch import fused
 from peftkern.patch.weights import original_class
-from peftkern.sparse.fingerprint import remember_base
 
 _READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 """Modules that compute with the weights of the layers in them, without calling these."""

@@ -31,13 +31,13 @@ from torch.utils.hooks import RemovableHandle
 
 from peftkern.formats import SparseIndices
 from peftkern.formats.bit_mask import kept_count
+from peftkern.integrations.fingerprint import Fingerprint, base_parameters, forget_base, remember_base, unwrapped
 from peftkern.integrations.selection import head_ids
 from peftkern.nn.sparse_linear import SparseDelta
 from peftkern.ops.importance import accumulate_importance_
 from peftkern.ops.select_top import select_top
 from peftkern.select.method import Method, logger
 from peftkern.sparse.applied import Applied, Change, changes_of, check_names, read_parameters
-from peftkern.sparse.fingerprint import Fingerprint, base_parameters, forget_base, remember_base, unwrapped
 from peftkern.sparse.layers import attach, detach, weight_shape
 from peftkern.sparse.update import SparseUpdate
 from peftkern.sparse.update_file import Entries

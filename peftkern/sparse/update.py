@@ -23,10 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import SparseIndices
+from peftkern.integrations.fingerprint import (
+    Fingerprint,
+    WrongBaseError,
+    base_of,
+    base_parameters,
+    difference_to_base,
+    plain_name,
+    unwrapped,
+)
 from peftkern.nn.sparse_linear import SparseDelta
 from peftkern.sparse import update_file
-from peftkern.sparse.applied import Applied, WrongBaseError, changes_of, check_names, read_parameters
-from peftkern.sparse.fingerprint import Fingerprint, base_of, base_parameters, difference_to_base, plain_name, unwrapped
+from peftkern.sparse.applied import Applied, changes_of, check_names, read_parameters
 from peftkern.sparse.layers import attach, deltas
 from peftkern.sparse.update_file import Entries
 

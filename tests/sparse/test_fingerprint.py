@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForTokenClassification, GPT2Config, GPT2LMHeadModel
 
 from peftkern import QuantConfig, quantize_
+from peftkern.integrations.fingerprint import Fingerprint, base_of, difference_to_base
 from peftkern.sparse import attach
-from peftkern.sparse.fingerprint import Fingerprint, base_of, difference_to_base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

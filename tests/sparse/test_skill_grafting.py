@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
+from peftkern.integrations.fingerprint import Fingerprint
 from peftkern.sparse import SkillGrafting, SparseUpdate, attach, deltas, disabled
-from peftkern.sparse.fingerprint import Fingerprint
 from peftkern.sparse.skill_grafting import NAME, mask_slope, relaxed_mask, rounded_mask
 from peftkern.sparse.update_file import Entries
 

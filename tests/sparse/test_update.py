@@ -18,10 +18,9 @@ from sparse_models import error, llama, lora, outputs, random_deltas, text
 from torch import Tensor, nn
 
 from peftkern.formats import SparseIndices
+from peftkern.integrations.fingerprint import Fingerprint, WrongBaseError
 from peftkern.patch import patch
 from peftkern.sparse import SparseUpdate, attach, deltas, detach, update_file
-from peftkern.sparse.applied import WrongBaseError
-from peftkern.sparse.fingerprint import Fingerprint
 from peftkern.sparse.update_file import CONFIG, Entries
 
 

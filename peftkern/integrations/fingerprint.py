@@ -26,6 +26,10 @@ _NUMBERS = {1: 64, 2: 1024}
 _REMEMBERED = "_peftkern_base"
 
 
+class WrongBaseError(ValueError):
+    """Something is of another base model than the one it is to be applied to."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """Elements of one tensor at even distances, in bfloat16, and its shape."""
