@@ -72,15 +72,15 @@ def layer_range(name: str, layers: int) -> range:
 
 
 def parse_modules(modules: str) -> tuple[str, ...]:
-    """The roles in a list as ``"up,down"``, in the order of the table.
+    """The roles in a list as ``"up,down"`` or ``"up+down"``, in the order of the table.
 
     Raises:
         ValueError: one is not known, is there twice, or there is none.
     """
-    asked = [name.strip() for name in modules.split(",")]
+    asked = [name.strip() for name in modules.replace("+", ",").split(",")]
     if not set(asked) <= set(MODULES) or len(set(asked)) != len(asked):
         raise ValueError(
-            f"CoFiTune: modules must be some of {', '.join(MODULES)}, each once, separated by commas; got {modules!r}"
+            f"CoFiTune: modules must be some of {', '.join(MODULES)}, each once, as 'up,down'; got {modules!r}"
         )
     return tuple(role for role in MODULES if role in asked)
 
@@ -195,7 +195,7 @@ class CoFiTune(Method):
     Args:
         layers: ``"bottom1"``, ``"bottom2"``, ``"middle"`` and ``"top"`` are the four quarters in order;
             ``"bottom-plus"``, ``"middle-plus"`` and ``"top-plus"`` the first, the inner and the last two of them.
-        modules: some of ``q,k,v,up,down``.
+        modules: some of ``q,k,v,up,down``; ``up+down`` is the same as ``up,down``.
         importance: ``"none"``: the coarse level alone; ``"kl"`` (the published form) or ``"language_modeling"``:
             measure importances on ``data`` when the model is prepared; see `peftkern.select.unit_importance`.
         dropout: of the two passes of "kl"; more than 0.

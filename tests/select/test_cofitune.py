@@ -118,11 +118,11 @@ def test_the_default_is_up_and_down_just_below_the_middle() -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == expected
 
 
-@pytest.mark.parametrize("modules", ["q", "q,k,v", "down", "v, up"])
+@pytest.mark.parametrize("modules", ["q", "q,k,v", "down", "v, up", "k+down"])
 def test_modules(modules: str) -> None:
     model = model_of_four()
     method = prepared(model, modules=modules, layers="middle-plus")
-    roles = [role.strip() for role in modules.split(",")]
+    roles = [role.strip() for role in modules.replace("+", ",").split(",")]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == set(names_of(method))
     assert {name.split(".")[-2] for name in trained} == {f"{role}_proj" for role in roles}
