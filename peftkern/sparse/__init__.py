@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftkern.integrations.fingerprint import Fingerprint as Fingerprint
     from peftkern.integrations.fingerprint import WrongBaseError as WrongBaseError
+    from peftkern.sparse.dsee import DSEE as DSEE
     from peftkern.sparse.layers import attach as attach
     from peftkern.sparse.layers import deltas as deltas
     from peftkern.sparse.layers import detach as detach
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
+    "DSEE": "peftkern.sparse.dsee",
     "Fingerprint": "peftkern.integrations.fingerprint",
     "SkillGrafting": "peftkern.sparse.skill_grafting",
     "SparseUpdate": "peftkern.sparse.update",
