@@ -51,6 +51,13 @@ METHODS: Mapping[str, MethodEntry] = {
             "peftkern.select.half_fine_tuning:HalfFineTuning",
             trains_weights=True,
         ),
+        MethodEntry(
+            "cofitune",
+            "a few kinds of matrices in a quarter of the layers",
+            (MODEL,),
+            "peftkern.select.cofitune:CoFiTune",
+            trains_weights=True,
+        ),
     )
 }
 

@@ -366,7 +366,7 @@ def test_factors_on_updates_do_what_they_say_under_adam() -> None:
     run(plain, CoFiTune(), lambda p: AdamW(p, lr=1e-3, eps=0.0, weight_decay=0.0), steps=30)
     for name in names_of(method):
         way = [(model.get_parameter(name) - before[name]).norm() for model in (halved, plain)]
-        assert 0.4 < float(way[0] / way[1]) < 0.6, name
+        assert 0.4 < (way[0] / way[1]).item() < 0.6, name
 
 
 def test_updates_need_an_optimizer_that_multiplies_them() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import peftkern
-from peftkern.integrations.fingerprint import WrongBaseError
+from peftkern.integrations.fingerprint import Fingerprint, WrongBaseError
 from peftkern.nn import QuantizedLinear
 from peftkern.optim import AdamW
 from peftkern.select.freeze_as_guard import (
@@ -309,7 +309,7 @@ def test_the_same_seed_freezes_the_same() -> None:
 
 
 def guard_file(folder: Path, frozen: tuple[str, ...]) -> Path:
-    FreezeGuard(peftkern.sparse.Fingerprint.of(llama()), 21, frozen).save(folder / "guard.json")
+    FreezeGuard(Fingerprint.of(llama()), 21, frozen).save(folder / "guard.json")
     return folder / "guard.json"
 
 
