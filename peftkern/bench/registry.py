@@ -105,6 +105,18 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             _BOTH_ALLOCATORS,
         ),
         Benchmark(
+            "adamw",
+            "a step of AdamW on 8M fp32 entries beside PyTorch's fused one, and with 8-bit moments beside bitsandbytes",
+            "peftkern.bench.optimizer:cases",
+            packages=("bitsandbytes",),
+        ),
+        Benchmark(
+            "select-top",
+            "the largest 0.5% of 100M values in 200 tensors, beside torch.topk of all of them together",
+            "peftkern.bench.select_top:cases",
+            packages=(),
+        ),
+        Benchmark(
             "loss-parity",
             "the loss over 20 seeded training steps of SmolLM2-135M, fp32 at precision 'highest'",
             "peftkern.bench.loss:cases",

@@ -19,7 +19,9 @@ from peftkern.bench import (
     loss,
     measure,
     memory,
+    optimizer,
     peers,
+    select_top,
     smollm2,
     sparse_step,
     step,
@@ -85,6 +87,32 @@ def test_linear_notices_a_wrong_result(matrix: str) -> None:
 )
 def test_quantize_gives_the_peers_bytes(setup: Callable[[], Case]) -> None:
     setup().check()
+
+
+OPTIMIZERS = pytest.mark.parametrize("setup", [optimizer.setup_adamw, optimizer.setup_adamw_8bit])
+
+
+@OPTIMIZERS
+def test_optimizers_move_parameters_as_the_peers_do(setup: Callable[[int], Case]) -> None:
+    case = setup(10_000)
+    case.check()
+    case.check()  # with moments that are no longer zero
+
+
+@OPTIMIZERS
+def test_optimizers_notice_a_wrong_result(setup: Callable[[int], Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer.AdamW, "step", lambda self: None)
+    with pytest.raises(DisagreementError, match="what 3 steps have moved"):
+        setup(10_000).check()
+
+
+def test_select_top_chooses_the_peers_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = select_top.setup_select(tensors=3, elements=1000, share=0.01)
+    assert case.case == "30 of 3 x 1,000 values"
+    case.check()
+    monkeypatch.setattr(select_top, "select_top", lambda values, k: [torch.arange(k), *[torch.arange(0)] * 2])
+    with pytest.raises(DisagreementError, match="magnitudes"):
+        case.check()
 
 
 def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint) -> None:

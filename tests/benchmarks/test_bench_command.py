@@ -23,6 +23,8 @@ NAMES = [
     "sparse-state",
     "hft-step",
     "quantize",
+    "adamw",
+    "select-top",
     "loss-parity",
 ]
 
