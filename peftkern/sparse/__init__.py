@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkern.sparse.layers import disabled as disabled
     from peftkern.sparse.layers import linear_layers as linear_layers
     from peftkern.sparse.layers import set_active as set_active
+    from peftkern.sparse.lottery_ticket import LotteryTicket as LotteryTicket
     from peftkern.sparse.merging import merge as merge
     from peftkern.sparse.merging import unmerge as unmerge
     from peftkern.sparse.skill_grafting import SkillGrafting as SkillGrafting
@@ -24,6 +25,7 @@ _LAZY = {
     "DSEE": "peftkern.sparse.dsee",
     "Fingerprint": "peftkern.integrations.fingerprint",
     "SkillGrafting": "peftkern.sparse.skill_grafting",
+    "LotteryTicket": "peftkern.sparse.lottery_ticket",
     "SparseUpdate": "peftkern.sparse.update",
     "WrongBaseError": "peftkern.integrations.fingerprint",
     "attach": "peftkern.sparse.layers",

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peftkern import QuantConfig
 from peftkern.formats.sparse_indices import SparseIndices
@@ -70,6 +78,55 @@ def random_deltas(model: nn.Module, density: float = 0.05, seed: int = 3) -> dic
 def text(rows: int = 2, tokens: int = 7, seed: int = 3) -> dict[str, Tensor]:
     ids = torch.randint(1, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids.clone()}
+
+
+def batches(count: int, rows: int = 2, tokens: int = 7) -> list[dict[str, Tensor]]:
+    return [text(rows, tokens, seed) for seed in range(10, 10 + count)]
+
+
+def trainer(
+    model: nn.Module,
+    folder: Path,
+    method: TrainerCallback,
+    steps: int,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]],
+    **options: Any,
+) -> Trainer:
+    """A Trainer that goes through `batches` in order, one a step, with a constant learning rate and no clipping."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        **{
+            "per_device_train_batch_size": 2,
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "max_grad_norm": 0.0,
+            "save_strategy": "no",
+            "report_to": [],
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        },
+    )
+    rows = [{name: tensor[row] for name, tensor in batch.items()} for batch in batches(steps) for row in range(2)]
+    return Trainer(
+        model,  # type: ignore[arg-type]
+        arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        callbacks=[method],
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter by name, and of index sets."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    """Names in the state dict whose bits are not as ``before``, among those that are in both."""
+    now = model.state_dict()
+    return {name for name in now.keys() & before.keys() if not torch.equal(now[name], before[name])}
 
 
 @torch.no_grad()

@@ -1,0 +1,74 @@
+"""What a method has to remember between a checkpoint and the run that goes on from it.
+
+It travels in the state of the optimizer, as an item of the first parameter group: whoever saves and loads the
+optimizer, as transformers' Trainer does with ``optimizer.pt``, saves and loads the method with it. It holds numbers,
+words and tensors only, so that ``torch.load(..., weights_only=True)`` takes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from peftkern.formats.sparse_indices import SparseIndices
+from peftkern.nn.sparse_linear import SparseDelta
+
+KEY = "peftkern_method"
+
+
+def save_with(optimizer: torch.optim.Optimizer, method: str, read: Callable[[], dict[str, Any]]) -> RemovableHandle:
+    """Let every ``optimizer.state_dict()`` from now on hold what ``read`` returns then.
+
+    Returns:
+        What ends it: ``.remove()``.
+    """
+
+    def add(_optimizer: Any, state_dict: dict[str, Any]) -> None:
+        if state_dict["param_groups"]:
+            state_dict["param_groups"][0][KEY] = {"method": method, **read()}
+
+    handle: RemovableHandle = optimizer.register_state_dict_post_hook(add)
+    return handle
+
+
+def take_from(optimizer: torch.optim.Optimizer, method: str) -> dict[str, Any] | None:
+    """What was saved with the state that ``optimizer`` has loaded; ``None`` where it has loaded none.
+
+    It is there once: the optimizer does not keep it.
+
+    Raises:
+        ValueError: it is the state of another method.
+    """
+    for group in optimizer.param_groups:
+        state: dict[str, Any] | None = group.pop(KEY, None)
+        if state is not None:
+            if state["method"] != method:
+                raise ValueError(f"{method}: the checkpoint is of {state['method']}; go on with that, or start anew")
+            return state
+    return None
+
+
+def state_of_deltas(deltas: Mapping[str, SparseDelta]) -> dict[str, dict[str, Tensor]]:
+    """Entries and values of deltas by name; copies."""
+    return {
+        name: {"flat": delta.indices.flat(), "values": delta.values.detach().clone()} for name, delta in deltas.items()
+    }
+
+
+def load_deltas(caller: str, deltas: Mapping[str, SparseDelta], state: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Give ``deltas`` the entries and values that `state_of_deltas` has read.
+
+    Raises:
+        ValueError: the names are others.
+    """
+    if state.keys() != deltas.keys():
+        raise ValueError(f"{caller}: the checkpoint is of other layers than those that are trained now")
+    for name, delta in deltas.items():
+        flat, values = state[name]["flat"], state[name]["values"]
+        device = delta.values.device
+        indices = SparseIndices.from_flat(flat.to(device), delta.shape)
+        delta.replace_(indices, values.to(device, delta.values.dtype, copy=True))
