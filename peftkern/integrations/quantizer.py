@@ -40,6 +40,8 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: QuantConfig
     requires_calibration = False
+    # what the Trainer asks before it takes a quantized model without PEFT's adapters; sparse deltas set it
+    is_qat_trainable = False
     serialized_names = {"weight": ["weight", *COMPANION_KEYS]}  # noqa: RUF012 (the parent's declaration)
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from peftkern.sparse.lottery_ticket import LotteryTicket as LotteryTicket
     from peftkern.sparse.merging import merge as merge
     from peftkern.sparse.merging import unmerge as unmerge
+    from peftkern.sparse.rosa import RoSA as RoSA
     from peftkern.sparse.skill_grafting import SkillGrafting as SkillGrafting
+    from peftkern.sparse.spiel import SpIEL as SpIEL
     from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
@@ -26,6 +28,8 @@ _LAZY = {
     "Fingerprint": "peftkern.integrations.fingerprint",
     "SkillGrafting": "peftkern.sparse.skill_grafting",
     "LotteryTicket": "peftkern.sparse.lottery_ticket",
+    "SpIEL": "peftkern.sparse.spiel",
+    "RoSA": "peftkern.sparse.rosa",
     "SparseUpdate": "peftkern.sparse.update",
     "WrongBaseError": "peftkern.integrations.fingerprint",
     "attach": "peftkern.sparse.layers",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 
 def total_entries(caller: str, entries: int, density: float, count: int | None) -> int:
     """How many of ``entries`` are trained: ``count``, or where that is ``None`` a share of ``density``, at least one.
@@ -42,3 +45,14 @@ def entries_per_layer(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     for name in sorted(sizes, key=lambda name: -remainders[name])[:left]:
         shares[name] += 1
     return shares
+
+
+def random_entries(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different numbers below ``size``, ascending int64; every set of them is as likely as any other."""
+    if 2 * count > size:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:
+        more = torch.randint(size, (count - len(drawn),), generator=generator)
+        drawn = torch.unique(torch.cat([drawn, more]))
+    return drawn

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats.sparse_indices import SparseIndices
-from peftkern.integrations.fingerprint import remember_base
+from peftkern.integrations.fingerprint import remember_base, unwrapped
+from peftkern.integrations.quantizer import PeftkernQuantizer
 from peftkern.integrations.selection import adapter_ids, head_ids
 from peftkern.nn.sparse_linear import SparseDelta, SparseDeltas, class_with_deltas, deltas_of, under_deltas
 from peftkern.ops.lora_linear import FLOAT_DTYPES
@@ -77,6 +78,7 @@ def attach(
     remember_base(model)
     for layer_name, layer in layers.items():
         _add(layer, name, made[layer_name])
+    _tell_quantizer(model)
     return made
 
 
@@ -102,6 +104,7 @@ def detach(model: nn.Module, name: str = "default", *, keep_merged: bool = False
         )
     for layer in layers.values():
         _remove(layer, name)
+    _tell_quantizer(model)
 
 
 def deltas(model: nn.Module, name: str = "default") -> dict[str, SparseDelta]:
@@ -313,6 +316,13 @@ def _remove(layer: Any, name: str) -> None:
         weight.requires_grad_(layer.sparse_deltas.weight_was_trained)
     del layer.sparse_deltas
     fused.exchange_class(layer, under_deltas(original_class(type(layer))))
+
+
+def _tell_quantizer(model: nn.Module) -> None:
+    """Let the Trainer take a quantized model that has deltas to train; it knows of PEFT's adapters only."""
+    quantizer = getattr(unwrapped(model), "hf_quantizer", None)
+    if isinstance(quantizer, PeftkernQuantizer):
+        quantizer.is_qat_trainable = any(True for _ in _all_deltas(model))
 
 
 def _weight(layer: nn.Module) -> nn.Parameter | None:

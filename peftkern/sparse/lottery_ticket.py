@@ -30,11 +30,10 @@ from peftkern.nn.sparse_linear import SparseDelta
 from peftkern.ops.lora_linear import FLOAT_DTYPES
 from peftkern.ops.select_top import select_top
 from peftkern.select.hand_over import drop_state
-from peftkern.select.method import Method, logger
-from peftkern.sparse import resume
+from peftkern.select.method import logger
 from peftkern.sparse.budget import check_density, total_entries
-from peftkern.sparse.layers import attach, base_layer, linear_layers, weight_shape
-from peftkern.sparse.update import SparseUpdate
+from peftkern.sparse.layers import base_layer, linear_layers, weight_shape
+from peftkern.sparse.method import SparseMethod
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def phases_of(steps: int, iterations: int, full_share: float) -> list[Phase]:
     return phases
 
 
-class LotteryTicket(Method):
+class LotteryTicket(SparseMethod):
     """Sparse fine-tuning of the entries that full fine-tuning moves most.
 
     The linear layers must be dense: the first phase trains their weights. Everything else (embeddings, norms, biases,
@@ -85,7 +84,7 @@ class LotteryTicket(Method):
         full_l1: factor of Σ|θ - θ₀| / N in the loss of the full phase, N being the number of all parameters. Its
             gradient is added once an update, after clipping; what ``dense`` names is left out.
         sparse_l1: likewise of Σ|φ| / N in the sparse phase.
-        targets: ``"all-linear"``, or a regular expression for whole names, as for `linear_layers`.
+        targets: ``"all-linear"``, a regular expression for whole names, or last parts of names, as for `linear_layers`.
         dense: names of modules or parameters that both phases train whole, such as a classification head, separated by
             commas; the last parts of names will do. The update holds them as they are.
         name: of the deltas.
@@ -93,6 +92,8 @@ class LotteryTicket(Method):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    label = "lt-sft"
 
     def __init__(
         self,
@@ -102,11 +103,11 @@ class LotteryTicket(Method):
         full_share: float = 0.25,
         full_l1: float = 0.0,
         sparse_l1: float = 0.0,
-        targets: str = "all-linear",
+        targets: str | list[str] = "all-linear",
         dense: str | None = None,
         name: str = "default",
     ) -> None:
-        super().__init__()
+        super().__init__(name)
         check_density("LotteryTicket", density)
         if iterations < 1:
             raise ValueError(f"LotteryTicket: iterations must be at least 1, got {iterations}")
@@ -117,16 +118,14 @@ class LotteryTicket(Method):
                 raise ValueError(f"LotteryTicket: {argument} must be at least 0, got {value}")
         self._density, self._count, self._iterations = density, count, iterations
         self._full_share, self._full_l1, self._sparse_l1 = full_share, full_l1, sparse_l1
-        self._targets, self._name = targets, name
+        self._targets = targets
         self._dense_names = [part.strip() for part in (dense or "").split(",") if part.strip()]
         self._layers: dict[str, _Layer] = {}
-        self._dense: dict[str, _Rewindable] = {}
-        self._asked: dict[str, bool] = {}
+        self._whole: dict[str, _Rewindable] = {}
         self._phases: list[Phase] = []
         self._phase: Phase | None = None
         self._entries = 0
         self._parameters = 0
-        self._saving: Any = None
 
     # ---- what is trained
 
@@ -145,20 +144,15 @@ class LotteryTicket(Method):
             dense = _named_parameters(model, self._dense_names)
             sizes = [weight.numel() for weight in layers.values()]
             entries = total_entries("LotteryTicket", sum(sizes), self._density, self._count)
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
             empty = {name: SparseIndices.empty(weight.shape, weight.device) for name, weight in layers.items()}
-            deltas = attach(model, empty, self._name)
+            self.take(model, empty, (*layers.values(), *dense.values()))
         except (ValueError, TypeError):
             self.model = None
             raise
-        self._entries, self._parameters, self._asked = entries, parameters, asked
-        self._layers = {name: _Layer(_Rewindable.of(layers[name]), delta) for name, delta in deltas.items()}
-        self._dense = {name: _Rewindable.of(parameter) for name, parameter in dense.items()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in self.parameters():
-            parameter.requires_grad_(True)
+        self._entries, self._dense = entries, tuple(dense)
+        self._parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._layers = {name: _Layer(_Rewindable.of(layers[name]), delta) for name, delta in self.deltas.items()}
+        self._whole = {name: _Rewindable.of(parameter) for name, parameter in dense.items()}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What any of the phases trains: the linear weights, the values of their deltas, and what is dense."""
@@ -166,7 +160,7 @@ class LotteryTicket(Method):
         for layer in self._layers.values():
             yield layer.weight.parameter
             yield layer.delta.values
-        for dense in self._dense.values():
+        for dense in self._whole.values():
             yield dense.parameter
 
     def start(self, optimizer: torch.optim.Optimizer, steps: int | None = None) -> None:
@@ -176,14 +170,10 @@ class LotteryTicket(Method):
             ValueError: ``steps`` is not known, too small for two phases in every iteration, or another number than that
                 of the checkpoint.
         """
-        super().start(optimizer, steps)
         if steps is None:
             raise ValueError("LotteryTicket: start needs the number of updates, of which both phases get a share")
         self._phases = phases_of(steps, self._iterations, self._full_share)
-        state = resume.take_from(optimizer, "LotteryTicket")
-        if state is not None:
-            self._load(state)
-        self._saving = resume.save_with(optimizer, "LotteryTicket", self._state)
+        super().start(optimizer, steps)
         self._enter(self._phase_at(self.steps_done))
 
     def before_update(self) -> None:
@@ -211,37 +201,18 @@ class LotteryTicket(Method):
 
         A run that was stopped in its full phase keeps the differences of the entries that are selected then.
         """
-        model = self.prepared()
         if self._phase is not None and self._phase.full:
-            logger.warning(
-                "LotteryTicket: stopped in the full phase; its %d largest differences are kept", self._entries
-            )
+            logger.warning("LotteryTicket: stopped in the full phase; keeps its %d largest differences", self._entries)
             self._select(self._phase, keep_differences=True)
             for layer in self._layers.values():
                 layer.weight.rewind()
         for layer in self._layers.values():
             layer.act(full=False)
             layer.weight.forget()
-        for dense in self._dense.values():
+        for dense in self._whole.values():
             dense.forget()
-        for name, parameter in model.named_parameters():
-            if name in self._asked:
-                parameter.requires_grad_(self._asked[name])
-        for layer in self._layers.values():
-            layer.weight.parameter.requires_grad_(False)
-        if self._saving is not None:
-            self._saving.remove()
-        self._phase, self.optimizer = None, None
-
-    def update(self) -> SparseUpdate:
-        """φ, and what is dense, as something that can be saved, added to others, and applied to the base.
-
-        Raises:
-            RuntimeError: no model was prepared.
-        """
-        return SparseUpdate.from_model(
-            self.prepared(), self._name, dense=self._dense, method="lt-sft", metadata={"steps": self.steps_done}
-        )
+        self._phase = None
+        super().finish()
 
     # ---- the learning rate
 
@@ -285,7 +256,7 @@ class LotteryTicket(Method):
         for layer in self._layers.values():
             layer.act(phase.full)
         if begins:
-            for dense in self._dense.values():
+            for dense in self._whole.values():
                 dense.keep()
             drop_state(self.started(), self.parameters())
 
@@ -307,33 +278,25 @@ class LotteryTicket(Method):
     def _rewind(self) -> None:
         for layer in self._layers.values():
             layer.weight.rewind()
-        for dense in self._dense.values():
+        for dense in self._whole.values():
             dense.rewind()
         drop_state(self.started(), self.parameters())
 
     # ---- between runs
 
-    def _state(self) -> dict[str, Any]:
-        return {
-            "steps_done": self.steps_done,
-            "steps": self.steps,
-            "deltas": resume.state_of_deltas(self._deltas()),
-            "dense": {name: dense.start for name, dense in self._dense.items()},
-        }
+    def state(self) -> dict[str, Any]:
+        whole = {name: dense.start.clone() for name, dense in self._whole.items()}
+        return {**super().state(), "steps": self.steps, "dense": whole}
 
-    def _load(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         if state["steps"] != self.steps:
             raise ValueError(
                 f"LotteryTicket: the checkpoint is of a run of {state['steps']} updates, whose phases a run of "
                 f"{self.steps} would move; go on with {state['steps']}"
             )
-        self.steps_done = state["steps_done"]
-        resume.load_deltas("LotteryTicket", self._deltas(), state["deltas"])
-        for name, dense in self._dense.items():
+        super().load_state(state)
+        for name, dense in self._whole.items():
             dense.start.copy_(state["dense"][name])
-
-    def _deltas(self) -> dict[str, SparseDelta]:
-        return {name: layer.delta for name, layer in self._layers.items()}
 
 
 # ---- parts of a model
@@ -406,7 +369,7 @@ class _Layer:
             self.delta.values.grad.add_(self.delta.values.sign(), alpha=factor)
 
 
-def _dense_layers(model: nn.Module, targets: str) -> dict[str, nn.Parameter]:
+def _dense_layers(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Parameter]:
     """The weights of the layers to train.
 
     Raises:
