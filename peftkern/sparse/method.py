@@ -35,7 +35,7 @@ class SparseMethod(Method):
         self._name = name
         self._dense: tuple[str, ...] = ()
         self._asked: dict[str, bool] = {}
-        self._saving: Any = None
+        self._saving: resume.Saving | None = None
 
     def take(self, model: nn.Module, indices: Mapping[str, SparseIndices], others: Iterable[nn.Parameter] = ()) -> None:
         """Attach deltas, and let nothing be trained but them and ``others``.
@@ -62,15 +62,26 @@ class SparseMethod(Method):
 
         Raises:
             RuntimeError: no model was prepared.
-            ValueError: the checkpoint is of another method or of other layers.
+            ValueError: the checkpoint is of another method or of other layers, or holds nothing of the method.
         """
         super().start(optimizer, steps)
-        state = resume.take_from(optimizer, type(self).__name__)
+        method = type(self).__name__
+        state = resume.take_from(optimizer, method)
         if state is not None:
             self.load_state(state)
+        elif self.steps_done > 0:
+            raise ValueError(
+                f"{method}: training goes on after update {self.steps_done}, but the optimizer has loaded nothing of "
+                f"this method; go on from a checkpoint with the optimizer's state (not save_only_model), or make a new "
+                f"{method}"
+            )
+        self._stop_saving()
+        self._saving = resume.Saving(optimizer, method, self.state)
+
+    def _stop_saving(self) -> None:
         if self._saving is not None:
-            self._saving.remove()
-        self._saving = resume.save_with(optimizer, type(self).__name__, self.state)
+            self._saving.close()
+        self._saving = None
 
     def finish(self) -> None:
         """The deltas stay. Everything asks for a gradient as it did before, but for the weights beneath them."""
@@ -81,9 +92,8 @@ class SparseMethod(Method):
             weight = base_layer(model.get_submodule(name))._parameters.get("weight")
             if weight is not None:
                 weight.requires_grad_(False)
-        if self._saving is not None:
-            self._saving.remove()
-        self._saving = self.optimizer = None
+        self._stop_saving()
+        self.optimizer = None
 
     def update(self) -> SparseUpdate:
         """What was trained, to be saved, added to other updates, and applied to the base.

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from peftkern.formats.sparse_indices import SparseIndices
 from peftkern.nn.sparse_linear import SparseDelta
@@ -20,19 +19,32 @@ from peftkern.nn.sparse_linear import SparseDelta
 KEY = "peftkern_method"
 
 
-def save_with(optimizer: torch.optim.Optimizer, method: str, read: Callable[[], dict[str, Any]]) -> RemovableHandle:
-    """Let every ``optimizer.state_dict()`` from now on hold what ``read`` returns then.
+class Saving:
+    """Lets every ``optimizer.state_dict()`` hold what ``read`` returns then, until `close`.
 
-    Returns:
-        What ends it: ``.remove()``.
+    Loading a state into the optimizer meanwhile is an error: the method would not see its part of it.
     """
 
-    def add(_optimizer: Any, state_dict: dict[str, Any]) -> None:
-        if state_dict["param_groups"]:
-            state_dict["param_groups"][0][KEY] = {"method": method, **read()}
+    def __init__(self, optimizer: torch.optim.Optimizer, method: str, read: Callable[[], dict[str, Any]]) -> None:
+        def add(_optimizer: Any, state_dict: dict[str, Any]) -> None:
+            if state_dict["param_groups"]:
+                state_dict["param_groups"][0][KEY] = {"method": method, **read()}
 
-    handle: RemovableHandle = optimizer.register_state_dict_post_hook(add)
-    return handle
+        def refuse(_optimizer: Any) -> None:
+            raise RuntimeError(
+                f"{method}: has started; load the state of the optimizer before method.start(optimizer), which goes "
+                "on from it"
+            )
+
+        self._handles = (
+            optimizer.register_state_dict_post_hook(add),
+            optimizer.register_load_state_dict_post_hook(refuse),
+        )
+
+    def close(self) -> None:
+        """End it."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def take_from(optimizer: torch.optim.Optimizer, method: str) -> dict[str, Any] | None:
