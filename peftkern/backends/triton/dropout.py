@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.launch import unremarkable
 from peftkern.ops.dropout import keep_scale, threshold
 
 _GOLDEN_NUMBER = 0x9E3779B9
@@ -15,7 +16,7 @@ _GOLDEN: tl.constexpr = tl.constexpr(_GOLDEN_NUMBER)
 
 
 class Mask(NamedTuple):
-    """One adapter's mask as kernel arguments; 32-bit patterns as `_unremarkable` numbers."""
+    """One adapter's mask as kernel arguments; 32-bit patterns as `unremarkable` numbers."""
 
     seed_low: int
     stream: int
@@ -23,15 +24,7 @@ class Mask(NamedTuple):
     keep_scale: float
 
 
-def _unremarkable(pattern: int) -> int:
-    """A number that holds a 32-bit pattern and is neither 1 nor a multiple of 16, nor ever of another width.
-
-    Triton compiles a kernel anew for those. A seed must not decide what is compiled.
-    """
-    return 1 << 40 | pattern << 2 | 2
-
-
-_NOTHING = _unremarkable(0)
+_NOTHING = unremarkable(0)
 NO_MASK = Mask(_NOTHING, _NOTHING, _NOTHING, 1.0)
 
 
@@ -43,7 +36,7 @@ def mask_arguments(seed: Tensor | None, adapter: int, p: float) -> Mask:
     stream = _mix_number(((number >> 32) + adapter * _GOLDEN_NUMBER) & 0xFFFFFFFF)
     # p = 1 has threshold 2^32, which is no 32-bit number; its scale of 0 drops what the greatest one lets through.
     bound = min(threshold(p), 0xFFFFFFFF)
-    return Mask(_unremarkable(number & 0xFFFFFFFF), _unremarkable(stream), _unremarkable(bound), keep_scale(p))
+    return Mask(unremarkable(number & 0xFFFFFFFF), unremarkable(stream), unremarkable(bound), keep_scale(p))
 
 
 def _mix_number(value: int) -> int:

@@ -16,7 +16,9 @@ from peftkern.backends.triton.launch import is_ours
 from peftkern.backends.triton.roofline import Direction
 from peftkern.backends.triton.sparse_layout import is_copied
 from peftkern.formats import BitMask, QuantizedTensor, SparseIndices
+from peftkern.ops.adamw import Coefficients, Scale
 from peftkern.ops.lora_linear import Adapters, Weight
+from peftkern.ops.select_top import Scored
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
@@ -329,3 +331,87 @@ def sparse_delta_backward(
     from peftkern.backends.triton.sparse_delta import sparse_delta_backward
 
     return sparse_delta_backward(grad, x, grad_x, values, indices, scaling, need_values)
+
+
+# ---- adamw
+
+
+def _supports_first(first: Tensor, *_rest: Any) -> str | None:
+    """Of operations whose tensors are on one device, with dtypes that all are supported."""
+    return _objection(first)
+
+
+@registry.register("adamw", "triton", supports=_supports_first)
+def adamw(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_reference`."""
+    from peftkern.backends.triton.adamw import adamw
+
+    adamw(parameter, gradient, exp_avg, exp_avg_sq, coefficients, age, scale)
+
+
+@registry.register("adamw_8bit", "triton", supports=_supports_first)
+def adamw_8bit(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_8bit_reference`."""
+    from peftkern.backends.triton.adamw import adamw_8bit
+
+    adamw_8bit(parameter, gradient, state1, state2, absmax1, absmax2, coefficients, age, scale)
+
+
+# ---- select_top
+
+
+def _supports_scored(entry: Scored, *_rest: Any) -> str | None:
+    return _objection(entry.a)
+
+
+@registry.register("score_histogram", "triton", supports=_supports_scored)
+def score_histogram(entry: Scored, shift: int, bits: int, prefix: int) -> Tensor:
+    """See :func:`peftkern.ops.select_top.score_histogram_reference`."""
+    from peftkern.backends.triton.select_top import score_histogram
+
+    return score_histogram(entry, shift, bits, prefix)
+
+
+@registry.register("score_collect", "triton", supports=_supports_scored)
+def score_collect(entry: Scored, key: int, ties: int, count: int) -> Tensor:
+    """See :func:`peftkern.ops.select_top.score_collect_reference`."""
+    from peftkern.backends.triton.select_top import score_collect
+
+    return score_collect(entry, key, ties, count)
+
+
+# ---- importance
+
+
+@registry.register("accumulate_importance", "triton", supports=_supports_first)
+def accumulate_importance(total: Tensor, gradient: Tensor, kind: str, other: Tensor | None) -> None:
+    """See :func:`peftkern.ops.importance.accumulate_importance_reference`."""
+    from peftkern.backends.triton.importance import accumulate_importance
+
+    accumulate_importance(total, gradient, kind, other)
+
+
+@registry.register("importance_dot", "triton", supports=_supports_first)
+def importance_dot(gradient: Tensor, delta: Tensor) -> Tensor:
+    """See :func:`peftkern.ops.importance.importance_dot_reference`."""
+    from peftkern.backends.triton.importance import importance_dot
+
+    return importance_dot(gradient, delta)
