@@ -124,16 +124,17 @@ struct SparseProduct {
   int threads = 1;
 };
 
+// Of one thread, but `sums` of one group of blocks of tokens.
 struct SparseScratch {
-  float* panels = nullptr;  // the source of some blocks of tokens, [blocks][source_features][tokens of a block]
-  float* values = nullptr;  // in this order, where there is an order
-  float* sums = nullptr;    // the gradients in this order, of the blocks that are done
+  float* panel = nullptr;   // the source of one block of tokens, [source_features][tokens of a block]
+  float* values = nullptr;  // of a range of features, where there is an order
+  float* sums = nullptr;    // [entries] in this order: the gradients, of the group's tokens alone
 };
 
 // Tokens of a block. It decides in which order gradients are summed, and so must not depend on the number of threads.
 static inline int64_t sparse_block_tokens(const SparseProduct& p) {
-  constexpr int64_t kMostBlockTokens = 32;
-  int64_t width = 1;
+  constexpr int64_t kFewestBlockTokens = 4, kMostBlockTokens = 32;
+  int64_t width = kFewestBlockTokens;
   while (width < p.tokens && width < kMostBlockTokens) width *= 2;
   return width;
 }
@@ -225,11 +226,11 @@ struct Kernels {
   void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
   void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
-  // Features of the source, from a multiple of kSparseStep on, into the panel of one block of tokens.
-  void (*sparse_fill_panel)(const SparseProduct&, int64_t block, int64_t begin, int64_t end, float* panel);
-  // Features of the target, likewise, for `count` blocks of tokens from `first` on, whose panels are filled.
-  void (*sparse_blocks)(const SparseProduct&, const SparseScratch&, int64_t first, int64_t count, int64_t begin,
+  // Blocks of tokens [first, last) and features of the target [begin, end), begin being a multiple of kSparseStep.
+  void (*sparse_blocks)(const SparseProduct&, const SparseScratch&, int64_t first, int64_t last, int64_t begin,
                         int64_t end);
+  // The gradients of these features' entries from the sums of all groups, [groups][entries].
+  void (*sparse_gradients)(const SparseProduct&, const float* sums, int64_t groups, int64_t begin, int64_t end);
   void (*adamw_elements)(const AdamW&, int64_t begin, int64_t end);
   void (*score_counts)(const Scores&, const Digit&, int64_t begin, int64_t end, int64_t* counts);
   void (*score_compare)(const Scores&, uint32_t key, int64_t begin, int64_t end, int64_t* above, int64_t* equal);

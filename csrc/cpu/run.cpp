@@ -1,6 +1,7 @@
 #include "cpu/run.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -22,7 +23,11 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Scratch is kept per thread between calls: fresh pages would cost more than a product of few tokens.
+enum class Scratch { task, call };
+
+// Scratch is kept per thread between calls: fresh pages would cost more than a product of few tokens. The thread that
+// calls runs tasks as well; what it keeps for the whole call is a buffer of its own.
+template <Scratch kScratch = Scratch::task>
 void* thread_scratch(size_t bytes) {
   thread_local std::unique_ptr<void, Free> memory;
   thread_local size_t size = 0;
@@ -47,23 +52,32 @@ void for_block_ranges(int64_t elements, int64_t block_size, int threads, const W
                [&](int64_t task) { work(task * blocks_per_task, std::min(blocks, (task + 1) * blocks_per_task)); });
 }
 
-// Ranges of about equal length that begin at multiples of kSparseStep.
-struct FeatureRanges {
-  int64_t features;
-  int64_t length;
-
-  FeatureRanges(int64_t features_, int64_t wanted) : features(features_) {
-    const int64_t steps = (features + kSparseStep - 1) / kSparseStep;
-    length = std::max<int64_t>(1, (steps + wanted - 1) / wanted) * kSparseStep;
-  }
-  int64_t count() const { return (features + length - 1) / length; }
-  int64_t begin(int64_t range) const { return range * length; }
-  int64_t end(int64_t range) const { return std::min(features, (range + 1) * length); }
-};
-
-constexpr int64_t kSparsePanelFloats = int64_t{1} << 19;     // all panels at once, where one is not larger
 constexpr int64_t kSparseSingleProducts = int64_t{1} << 16;  // up to here other threads cost more than they bring
-constexpr int64_t kRangesPerThread = 4;
+constexpr int64_t kSparseSums = int64_t{1} << 21;            // floats that all groups' sums may take together
+constexpr int64_t kSparseTasksPerThread = 4;
+constexpr int64_t kSparseCheapPanel = 8;  // products for each element of a panel that make filling it again cheap
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A task is one group of blocks of tokens and one range of features. How blocks are grouped decides in which order
+// gradients are summed, and so must not depend on the number of threads. Every task fills panels of its own: where
+// there are fewer groups than threads, or the panels are little work, features are cut into ranges.
+struct SparsePlan {
+  int64_t blocks, group_blocks, groups, threads, range, ranges;
+
+  explicit SparsePlan(const SparseProduct& p) {
+    const int64_t entries = p.offsets[p.features];
+    blocks = divide_up(p.tokens, sparse_block_tokens(p));
+    group_blocks = p.gradients == nullptr ? 1 : divide_up(blocks, std::max<int64_t>(1, kSparseSums / entries));
+    groups = divide_up(blocks, group_blocks);
+    threads = (p.source_features + entries) * p.tokens <= kSparseSingleProducts ? 1 : p.threads;
+    const int64_t cheap = entries / (kSparseCheapPanel * p.source_features);
+    const int64_t wanted =
+        std::max(divide_up(threads, groups), std::min(divide_up(threads * kSparseTasksPerThread, groups), cheap));
+    range = divide_up(divide_up(p.features, kSparseStep), wanted) * kSparseStep;
+    ranges = divide_up(p.features, range);
+  }
+};
 
 }  // namespace
 
@@ -169,30 +183,29 @@ void run_product(const Kernels& kernels, const Product& p) {
 }
 
 void run_sparse_product(const Kernels& kernels, const SparseProduct& p) {
-  const int64_t entries = p.offsets[p.features];
-  const int64_t width = sparse_block_tokens(p), blocks = (p.tokens + width - 1) / width;
-  const int64_t panel = p.source_features * width;
-  const int64_t at_once = std::min(blocks, std::max<int64_t>(1, kSparsePanelFloats / panel));
-  const int64_t others = (p.order == nullptr ? 0 : entries) + (p.gradients == nullptr ? 0 : entries);
-  SparseScratch scratch;
-  scratch.panels = static_cast<float*>(thread_scratch(static_cast<size_t>(at_once * panel + others) * sizeof(float)));
-  scratch.values = scratch.panels + at_once * panel;
-  scratch.sums = scratch.values + (p.order == nullptr ? 0 : entries);
+  const SparsePlan plan(p);
+  const int64_t entries = p.offsets[p.features], panel = p.source_features * sparse_block_tokens(p);
+  const bool has_sums = p.gradients != nullptr;
+  const size_t sums_bytes = has_sums ? static_cast<size_t>(plan.groups * entries) * sizeof(float) : 0;
+  float* const sums = static_cast<float*>(thread_scratch<Scratch::call>(sums_bytes));
+  std::vector<std::atomic<int64_t>> groups_left(static_cast<size_t>(plan.ranges));
+  for (std::atomic<int64_t>& left : groups_left) left.store(plan.groups);
 
-  const int threads = (p.source_features + entries) * p.tokens <= kSparseSingleProducts ? 1 : p.threads;
-  const FeatureRanges sources(p.source_features, threads * kRangesPerThread);
-  const FeatureRanges targets(p.features, threads * kRangesPerThread);
-  for (int64_t first = 0; first < blocks; first += at_once) {
-    const int64_t count = std::min(at_once, blocks - first);
-    parallel_for(count * sources.count(), threads, [&](int64_t task) {
-      const int64_t block = task / sources.count(), range = task % sources.count();
-      kernels.sparse_fill_panel(p, first + block, sources.begin(range), sources.end(range),
-                                scratch.panels + block * panel);
-    });
-    parallel_for(targets.count(), threads, [&](int64_t range) {
-      kernels.sparse_blocks(p, scratch, first, count, targets.begin(range), targets.end(range));
-    });
-  }
+  parallel_for(plan.groups * plan.ranges, static_cast<int>(plan.threads), [&](int64_t task) {
+    const int64_t group = task / plan.ranges, range = task % plan.ranges;
+    const int64_t begin = range * plan.range, end = std::min(p.features, begin + plan.range);
+    const int64_t first = group * plan.group_blocks, last = std::min(plan.blocks, first + plan.group_blocks);
+    const int64_t values = p.order == nullptr ? 0 : p.offsets[end] - p.offsets[begin];
+    SparseScratch scratch;
+    scratch.panel =
+        static_cast<float*>(thread_scratch<Scratch::task>(static_cast<size_t>(panel + values) * sizeof(float)));
+    scratch.values = scratch.panel + panel;
+    scratch.sums = sums + group * entries;
+    kernels.sparse_blocks(p, scratch, first, last, begin, end);
+    // the group that is done last adds up all, in their order
+    if (groups_left[static_cast<size_t>(range)].fetch_sub(1) == 1 && has_sums)
+      kernels.sparse_gradients(p, sums, plan.groups, begin, end);
+  });
 }
 
 void advise_huge_pages(void* data, size_t bytes) {

@@ -23,6 +23,7 @@ from peftkern.bench import (
     peers,
     select_top,
     smollm2,
+    sparse_linear,
     sparse_step,
     step,
 )
@@ -242,3 +243,24 @@ def test_missing_model_package_is_said_in_the_note(monkeypatch: pytest.MonkeyPat
         assert "random weights" in found.note
         assert (Path(found.folder) / "config.json").exists()
     assert not Path(found.folder).exists()
+
+
+@pytest.mark.parametrize("peer", ["dense form", "torch.sparse"])
+def test_sparse_linear_agrees_with_its_peers_and_notices_a_wrong_result(peer: str) -> None:
+    layer = sparse_linear.setup_layer(0.05, size=96, tokens=19)
+    case = sparse_linear.setup_case(layer, peer)
+    case.check()
+    case.ours()
+    case.peer()
+    assert case.case == f"delta alone, 461 entries, 19 tokens | {peer}"
+    layer.indices.columns[0] = (layer.indices.columns[0] + 1) % 96
+    with pytest.raises(DisagreementError, match="y: ours"):
+        case.check()
+
+
+def test_sparse_linear_says_what_memory_both_sides_take() -> None:
+    layer = sparse_linear.setup_layer(0.001, size=2048, tokens=64)
+    measurement = sparse_linear.measure_memory(layer)
+    (ours,), (peer,) = measurement.ours, measurement.peer
+    assert measurement.quantity is Quantity.MEMORY and "[out, in] has 16.8 MB" in measurement.case
+    assert ours < 8 < 16 < peer

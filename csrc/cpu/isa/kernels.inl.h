@@ -26,7 +26,7 @@ const Kernels* kernels() {
       kNativeBfloat16,   kNativeFloat16,    product_scratch,
       product_tasks,     product_task,      quantize_blocks,
       dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
-      sparse_fill_panel, sparse_blocks,     adamw_elements,
+      sparse_blocks,     sparse_gradients,  adamw_elements,
       score_counts,      score_compare,     score_collect,
       add_importance,    sum_importance,
   };

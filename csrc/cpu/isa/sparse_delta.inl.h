@@ -5,8 +5,6 @@
 // product of its row of the panel with the pair's feature, which is turned on the way: the panel is read once for both.
 #pragma once
 
-constexpr int kWidestBlock = 64;
-
 // ---- how the tokens of a block lie in registers
 
 // A block of whole vectors.
@@ -94,6 +92,8 @@ static inline void write_lanes(void* data, int64_t index, int64_t count, Float v
   for (int64_t i = 0; i < count; ++i) store_float(data, kType, index + i, values[i]);
 }
 
+constexpr int64_t kRowPrefetchBytes = 256;
+
 // Some tokens and at most kLanes features of activations.
 struct TokenTile {
   TokenRows rows;
@@ -103,6 +103,12 @@ struct TokenTile {
   int64_t features;
 
   int64_t index(int64_t row) const { return (token + row) * rows.token_stride + feature; }
+
+  // What the next tiles of the row will take: the processor does not foresee so many rows at once.
+  void prefetch(int64_t row) const {
+    const int64_t bytes = rows.dtype == DType::float32 ? 4 : 2;
+    __builtin_prefetch(static_cast<const char*>(rows.data) + index(row) * bytes + kRowPrefetchBytes);
+  }
 };
 
 // Writes [features][width]; tokens that are not there are zeros.
@@ -111,8 +117,10 @@ static void turn_tile(const TokenTile& tile, int64_t width, float* out) {
   for (int64_t first = 0; first < width; first += kLanes) {
     Float r[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const bool exists = first + lane < tile.tokens;
-      r[lane] = exists ? read_lanes<kType>(tile.rows.data, tile.index(first + lane), tile.features) : zero();
+      r[lane] = zero();
+      if (first + lane >= tile.tokens) continue;
+      tile.prefetch(first + lane);
+      r[lane] = read_lanes<kType>(tile.rows.data, tile.index(first + lane), tile.features);
     }
     transpose_floats(r);
     if (width >= kLanes) {
@@ -144,6 +152,7 @@ static void add_turned(const TokenTile& tile, int64_t width, float scaling, cons
     const int64_t lanes = minimum(kLanes, tile.tokens - first);
     for (int64_t lane = 0; lane < lanes; ++lane) {
       const int64_t index = tile.index(first + lane);
+      tile.prefetch(first + lane);
       const Float before = read_lanes<kType>(tile.rows.data, index, tile.features);
       write_lanes<kType>(tile.rows.data, index, tile.features, fma(factor, r[lane], before));
     }
@@ -164,9 +173,9 @@ static TokenTile token_tile(const SparseProduct& p, const TokenRows& rows, int64
 
 // ---- panels
 
-static void sparse_fill_panel(const SparseProduct& p, int64_t block, int64_t begin, int64_t end, float* panel) {
+static void fill_panel(const SparseProduct& p, int64_t block, float* panel) {
   const int64_t width = sparse_block_tokens(p);
-  for (int64_t feature = begin; feature < end; feature += kLanes) {
+  for (int64_t feature = 0; feature < p.source_features; feature += kLanes) {
     const TokenTile tile = token_tile(p, p.source, p.source_features, block, feature);
     if (p.source_offsets[feature] == p.source_offsets[feature + tile.features]) continue;  // nobody reads it
     turn_tile(tile, width, panel + feature * width);
@@ -175,39 +184,33 @@ static void sparse_fill_panel(const SparseProduct& p, int64_t block, int64_t beg
 
 // ---- products
 
-// The sums over tokens of the entries' products: kLanes entries are summed together.
+// Products of entries, each a vector over tokens, that wait to be summed.
+template <class Block>
 struct EntrySums {
+  static constexpr int64_t kRoom = 64;
   float* place;
   bool accumulate;
   int64_t count = 0;
-  alignas(64) float products[kLanes * kLanes];
+  alignas(64) float products[kRoom * Block::kElements];
 
   EntrySums(float* place_, bool accumulate_) : place(place_), accumulate(accumulate_) {}
 
-  inline void put(Float product) {
-    store(products + count * kLanes, product);
-    if (++count == kLanes) finish();
-  }
-
-  template <class Short>
-  inline void put(Short product) {
-    float sum = 0.0f;
-    for (size_t i = 0; i < sizeof product / sizeof(float); ++i) sum += product[i];
-    *place = accumulate ? *place + sum : sum;
-    ++place;
-  }
-
   void finish() {
-    Float r[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = i < count ? load(products + i * kLanes) : zero();
-    const Float sums = sum_lanes(r);
-    if (count == kLanes) {
-      store(place, accumulate ? add(load(place), sums) : sums);
+    alignas(64) float sums[kRoom];
+    if constexpr (Block::kElements == kLanes) {
+      for (int64_t e = 0; e < count; e += kLanes) {
+        Float r[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) r[i] = load(products + (e + i) * kLanes);
+        store(sums + e, sum_lanes(r));
+      }
     } else {
-      alignas(64) float values[kLanes];
-      store(values, sums);
-      for (int64_t i = 0; i < count; ++i) place[i] = accumulate ? place[i] + values[i] : values[i];
+      for (int64_t e = 0; e < count; ++e) {
+        const float* product = products + e * Block::kElements;
+        sums[e] = product[0];
+        for (int i = 1; i < Block::kElements; ++i) sums[e] += product[i];
+      }
     }
+    for (int64_t e = 0; e < count; ++e) place[e] = accumulate ? place[e] + sums[e] : sums[e];
     place += count;
     count = 0;
   }
@@ -215,8 +218,7 @@ struct EntrySums {
 
 // The entries of one feature of the target.
 struct EntryRange {
-  int64_t begin;
-  int64_t end;
+  int64_t count;
   const int32_t* others;
   const float* values;
 };
@@ -224,7 +226,7 @@ struct EntryRange {
 // sums: of the feature, [width], written where kTarget; pair: of the feature, [width], read where kPair.
 template <class Block, bool kTarget, bool kPair>
 static inline void sparse_feature(const EntryRange& entries, const float* panel, float* sums, const float* pair,
-                                  EntrySums& entry_sums) {
+                                  EntrySums<Block>& entry_sums) {
   using Vector = typename Block::Vector;
   Vector totals[Block::kCount], pairs[Block::kCount];
 #pragma GCC unroll 16
@@ -232,18 +234,28 @@ static inline void sparse_feature(const EntryRange& entries, const float* panel,
     totals[v] = Block::zeros();
     pairs[v] = kPair ? Block::read(pair + v * Block::kElements) : Block::zeros();
   }
-  for (int64_t e = entries.begin; e < entries.end; ++e) {
-    const float* source = panel + int64_t{entries.others[e]} * (Block::kCount * Block::kElements);
-    const Vector value = Block::spread(kTarget ? entries.values[e] : 0.0f);
-    Vector product = Block::zeros();
+  for (int64_t begin = 0; begin < entries.count;) {
+    const int64_t room = kPair ? EntrySums<Block>::kRoom - entry_sums.count : entries.count;
+    const int64_t end = minimum(entries.count, begin + room);
+    float* products = entry_sums.products + (entry_sums.count - begin) * Block::kElements;
+    for (int64_t e = begin; e < end; ++e) {
+      const float* source = panel + int64_t{entries.others[e]} * (Block::kCount * Block::kElements);
+      const Vector value = Block::spread(kTarget ? entries.values[e] : 0.0f);
+      Vector product = Block::zeros();
 #pragma GCC unroll 16
-    for (int v = 0; v < Block::kCount; ++v) {
-      const Vector tokens = Block::read(source + v * Block::kElements);
-      if constexpr (kTarget) totals[v] = Block::add_product(value, tokens, totals[v]);
-      if constexpr (kPair)
-        product = v == 0 ? Block::product(pairs[v], tokens) : Block::add_product(pairs[v], tokens, product);
+      for (int v = 0; v < Block::kCount; ++v) {
+        const Vector tokens = Block::read(source + v * Block::kElements);
+        if constexpr (kTarget) totals[v] = Block::add_product(value, tokens, totals[v]);
+        if constexpr (kPair)
+          product = v == 0 ? Block::product(pairs[v], tokens) : Block::add_product(pairs[v], tokens, product);
+      }
+      if constexpr (kPair) Block::write(products + e * Block::kElements, product);
     }
-    if constexpr (kPair) entry_sums.put(product);
+    if constexpr (kPair) {
+      entry_sums.count += end - begin;
+      if (entry_sums.count == EntrySums<Block>::kRoom) entry_sums.finish();
+    }
+    begin = end;
   }
   if constexpr (kTarget) {
 #pragma GCC unroll 16
@@ -251,60 +263,70 @@ static inline void sparse_feature(const EntryRange& entries, const float* panel,
   }
 }
 
+// Features [begin, end) of the target, in one block of tokens, which is the group's first where not `accumulate`.
+struct SparseTask {
+  int64_t block;
+  int64_t begin;
+  int64_t end;
+  bool accumulate;
+};
+
 template <class Block, bool kTarget, bool kPair>
-static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
-                         int64_t end, const float* panel) {
+static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, const SparseTask& task) {
   constexpr int64_t kWidth = Block::kCount * Block::kElements;
   alignas(64) float sums[kLanes * kWidth + kLanes] = {}, pair[kLanes * kWidth];
-  EntrySums entry_sums(kPair ? scratch.sums + p.offsets[begin] : nullptr, block > 0);
-  const float* values = p.order == nullptr ? p.values : scratch.values;
-  for (int64_t feature = begin; feature < end; feature += kLanes) {
+  const int64_t first_entry = p.offsets[task.begin];
+  EntrySums<Block> entry_sums(kPair ? scratch.sums + first_entry : nullptr, task.accumulate);
+  const float* values = p.order == nullptr ? p.values + first_entry : scratch.values;
+  for (int64_t feature = task.begin; feature < task.end; feature += kLanes) {
     const int64_t features = minimum(kLanes, p.features - feature);
     if (p.offsets[feature] == p.offsets[feature + features]) continue;
-    if (kPair) turn_tile(token_tile(p, p.pair, p.features, block, feature), kWidth, pair);
+    if (kPair) turn_tile(token_tile(p, p.pair, p.features, task.block, feature), kWidth, pair);
     for (int64_t i = 0; i < features; ++i) {
-      const EntryRange entries = {p.offsets[feature + i], p.offsets[feature + i + 1], p.others, values};
-      sparse_feature<Block, kTarget, kPair>(entries, panel, sums + i * kWidth, pair + i * kWidth, entry_sums);
+      const int64_t entry = p.offsets[feature + i], count = p.offsets[feature + i + 1] - entry;
+      const EntryRange entries = {count, p.others + entry, values + (entry - first_entry)};
+      sparse_feature<Block, kTarget, kPair>(entries, scratch.panel, sums + i * kWidth, pair + i * kWidth, entry_sums);
     }
-    if (kTarget) add_turned(token_tile(p, p.target, p.features, block, feature), kWidth, p.scaling, sums);
+    if (kTarget) add_turned(token_tile(p, p.target, p.features, task.block, feature), kWidth, p.scaling, sums);
   }
   if (kPair) entry_sums.finish();
 }
 
-template <class Block>
-static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
-                         int64_t end, const float* panel) {
-  if (p.gradients == nullptr) return sparse_block<Block, true, false>(p, scratch, block, begin, end, panel);
-  if (p.target.data == nullptr) return sparse_block<Block, false, true>(p, scratch, block, begin, end, panel);
-  return sparse_block<Block, true, true>(p, scratch, block, begin, end, panel);
-}
-
 template <int kWidth>
-static void sparse_block_of(const SparseProduct& p, const SparseScratch& scratch, int64_t block, int64_t begin,
-                            int64_t end, const float* panel) {
-  if constexpr (kWidth >= kLanes)
-    sparse_block<BlockVectors<kWidth>>(p, scratch, block, begin, end, panel);
-  else
-    sparse_block<ShortVector<kWidth>>(p, scratch, block, begin, end, panel);
+static void sparse_block_of(const SparseProduct& p, const SparseScratch& scratch, const SparseTask& task) {
+  using Block = std::conditional_t<(kWidth < kLanes), ShortVector<kWidth>, BlockVectors<kWidth>>;
+  if (p.gradients == nullptr) return sparse_block<Block, true, false>(p, scratch, task);
+  if (p.target.data == nullptr) return sparse_block<Block, false, true>(p, scratch, task);
+  return sparse_block<Block, true, true>(p, scratch, task);
 }
 
-static void sparse_blocks(const SparseProduct& p, const SparseScratch& scratch, int64_t first, int64_t count,
+static void gather_values(const SparseProduct& p, float* values, int64_t begin, int64_t end) {
+  const int32_t* order = p.order + p.offsets[begin];
+  const int64_t count = p.offsets[end] - p.offsets[begin];
+  for (int64_t e = 0; e < count; ++e) values[e] = p.values[order[e]];
+}
+
+static void sparse_blocks(const SparseProduct& p, const SparseScratch& scratch, int64_t first, int64_t last,
                           int64_t begin, int64_t end) {
+  if (p.order != nullptr && p.target.data != nullptr) gather_values(p, scratch.values, begin, end);
   const int64_t width = sparse_block_tokens(p);
-  const int64_t entries_begin = p.offsets[begin], entries_end = p.offsets[end];
-  if (first == 0 && p.order != nullptr && p.target.data != nullptr)
-    for (int64_t e = entries_begin; e < entries_end; ++e) scratch.values[e] = p.values[p.order[e]];
-  for (int64_t i = 0; i < count; ++i) {
-    const float* panel = scratch.panels + i * p.source_features * width;
-    const auto run = width == 1    ? sparse_block_of<1>
-                     : width == 2  ? sparse_block_of<2>
-                     : width == 4  ? sparse_block_of<4>
-                     : width == 8  ? sparse_block_of<8>
-                     : width == 16 ? sparse_block_of<16>
-                     : width == 32 ? sparse_block_of<32>
-                                   : sparse_block_of<64>;
-    run(p, scratch, first + i, begin, end, panel);
+  const auto run = width == 4    ? sparse_block_of<4>
+                   : width == 8  ? sparse_block_of<8>
+                   : width == 16 ? sparse_block_of<16>
+                                 : sparse_block_of<32>;
+  for (int64_t block = first; block < last; ++block) {
+    fill_panel(p, block, scratch.panel);
+    run(p, scratch, {block, begin, end, block > first});
   }
-  if (p.gradients != nullptr && (first + count) * width >= p.tokens)
-    for (int64_t e = entries_begin; e < entries_end; ++e) p.gradients[p.order[e]] = p.scaling * scratch.sums[e];
+}
+
+static void sparse_gradients(const SparseProduct& p, const float* sums, int64_t groups, int64_t begin, int64_t end) {
+  const int64_t entries = p.offsets[p.features];
+  for (int64_t e = p.offsets[begin]; e < p.offsets[end]; e += kBuffer) {
+    const int64_t count = minimum(kBuffer, p.offsets[end] - e);
+    float totals[kBuffer] = {};
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t i = 0; i < count; ++i) totals[i] += sums[group * entries + e + i];
+    for (int64_t i = 0; i < count; ++i) p.gradients[p.order[e + i]] = p.scaling * totals[i];
+  }
 }
