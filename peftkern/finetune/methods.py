@@ -58,6 +58,26 @@ METHODS: Mapping[str, MethodEntry] = {
             "peftkern.select.cofitune:CoFiTune",
             trains_weights=True,
         ),
+        MethodEntry(
+            "lt-sft",
+            "the few entries of the weights that full fine-tuning moves most",
+            (DELTA,),
+            "peftkern.sparse.lottery_ticket:LotteryTicket",
+            trains_weights=True,
+        ),
+        MethodEntry(
+            "spiel",
+            "a few entries of the weights, which move to where the gradient is",
+            (DELTA,),
+            "peftkern.sparse.spiel:SpIEL",
+        ),
+        MethodEntry(
+            "rosa",
+            "low-rank adapters and a few entries of the weights",
+            (ADAPTER, DELTA),
+            "peftkern.sparse.rosa:RoSA",
+            low_rank=True,
+        ),
     )
 }
 

@@ -62,10 +62,18 @@ class SparseMethod(Method):
 
         Raises:
             RuntimeError: no model was prepared.
+            RuntimeError: too, where several processes train together: each would choose entries of its own.
             ValueError: the checkpoint is of another method or of other layers, or holds nothing of the method.
         """
-        super().start(optimizer, steps)
         method = type(self).__name__
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            processes = torch.distributed.get_world_size()
+            if processes > 1:
+                raise RuntimeError(
+                    f"{method}: {processes} processes train together, and each would choose entries from its own "
+                    "batches; train in one process"
+                )
+        super().start(optimizer, steps)
         state = resume.take_from(optimizer, method)
         if state is not None:
             self.load_state(state)

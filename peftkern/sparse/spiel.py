@@ -169,7 +169,8 @@ class SpIEL(SparseMethod):
 
         Trainer(model, ..., callbacks=[method], optimizer_cls_and_kwargs=(peftkern.optim.AdamW, {"lr": 1e-4}))
 
-    Weight decay pulls the values to 0, which is the weights to the base.
+    Weight decay pulls the values to 0, which is the weights to the base. Gradients that newcomers start from are as the
+    backward pass gives them, before they are clipped.
 
     Args:
         density: share of the entries of all trained linear layers.
@@ -272,6 +273,14 @@ class SpIEL(SparseMethod):
             raise ValueError("SpIEL: start needs the number of updates, over which the share that is replaced falls")
         super().start(optimizer, steps)
         self._watch()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+        if self._variant == "gradient" and args.fp16:
+            raise ValueError(
+                "SpIEL: fp16=True scales the loss, and with it the gradients that newcomers start from; use bf16=True, "
+                "or SpIEL(variant='momentum')"
+            )
+        super().on_train_begin(args, state, control, optimizer, **kwargs)
 
     def before_update(self) -> None:
         """Reads the gradient: of the candidates, or of the entries."""

@@ -13,7 +13,11 @@ from peftkern.finetune.errors import InputError
 from peftkern.finetune.methods import ADAPTER, DELTA, METHODS, MODEL, MethodEntry, build
 
 STEPS = ("--max-steps", 8, "--learning-rate", 1e-2, "--batch-size", 8)
-OPTIONS: dict[str, str] = {}
+OPTIONS: dict[str, str] = {
+    "lt-sft": "density=0.1",
+    "spiel": "density=0.1,period=4,window=1",
+    "rosa": "density=0.05,schedule=wl1",
+}
 """What a method needs to do something visible on a tiny model in a few steps."""
 
 
@@ -32,7 +36,8 @@ def test_a_run_learns_and_what_it_writes_reaches_the_same_loss(
     assert after < before
     assert summary["trained"] > 0
     assert {name for name in (ADAPTER, DELTA, MODEL) if (output / name).is_dir()} == set(entry.results)
-    assert f"{entry.name}: {entry.summary}" in " ".join(result.output.split())
+    given = f" ({OPTIONS[entry.name]})" if entry.name in OPTIONS else ""
+    assert f"{entry.name}{given}: {entry.summary}" in " ".join(result.output.split())
     assert _loss_of(output, model_folder, pairs_file, summary) == pytest.approx(after, rel=1e-4)
 
 

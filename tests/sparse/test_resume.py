@@ -71,6 +71,14 @@ def test_the_checkpoint_of_another_method_or_of_other_layers_is_an_error(name: s
         begun(name, llama(), state)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_several_processes_are_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=f"{name}: 2 processes train together"):
+        begun(name, llama())
+
+
 def test_loading_after_the_start_is_an_error() -> None:
     _, optimizer = begun("SpIEL", llama())
     with pytest.raises(RuntimeError, match=r"before method.start"):

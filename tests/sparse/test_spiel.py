@@ -479,6 +479,14 @@ def test_an_optimizer_whose_state_cannot_move_is_an_error() -> None:
         method.start(AdamW(method.parameters()))
 
 
+def test_scaled_gradients_are_an_error() -> None:
+    method = SpIEL()
+    method.prepare(llama())
+    arguments = types.SimpleNamespace(fp16=True)
+    with pytest.raises(ValueError, match="fp16=True scales the loss"):
+        method.on_train_begin(arguments, None, None, AdamW(method.parameters()))
+
+
 def test_what_cannot_be_prepared_leaves_the_model_as_it_was() -> None:
     model = llama()
     keys, asked = model.state_dict().keys(), [p.requires_grad for p in model.parameters()]

@@ -1,0 +1,60 @@
+"""docs/sparse.md: its loops run, and it has every option of every method with its default."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sparse_models import batches, changed, error, llama, outputs, snapshot
+
+import peftkern
+from peftkern.sparse import LotteryTicket, RoSA, SparseUpdate, SpIEL
+
+PAGE = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
+METHODS = (LotteryTicket, SpIEL, RoSA)
+
+
+def section(title: str) -> str:
+    return re.split(r"^## ", PAGE.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+
+
+def code(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loops_run_and_what_they_save_is_applied_and_reverted(
+    method: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, base = llama(), llama()
+    names: dict[str, Any] = {"peftkern": peftkern, "batches": batches(8), "model": model}
+    (loop,) = code(section(method.__name__))
+    exec(loop, names)
+    assert error(outputs(model), outputs(base)) > 1e-3
+    save, apply = code(PAGE.split("\n## ")[0])
+    exec(save, names)
+    SparseUpdate.load("update").save("other")
+    before = snapshot(base)
+    exec(apply, {"model": base})
+    assert not changed(base, before)
+    assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_there_with_their_defaults(method: type) -> None:
+    rows = re.findall(r"^\| (`.*?) \|(.*?)\|", section(method.__name__), flags=re.MULTILINE)
+    documented = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
+    parameters = inspect.signature(method).parameters
+    assert documented.keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        text, default = documented[name].strip(" `"), parameter.default
+        if default is None:
+            assert text == "", name
+        elif isinstance(default, str):
+            assert text == f'"{default}"', name
+        else:
+            assert float(text) == default, name
