@@ -361,6 +361,39 @@ def test_composition_commutes_and_overlapping_entries_add() -> None:
     assert error(outputs(both), outputs(one)) <= 1e-6
 
 
+def test_a_task_is_trained_on_top_of_one_language_and_moved_to_another() -> None:
+    languages = []
+    for seed in (0, 50):
+        model = llama()
+        method = LotteryTicket(density=0.03)
+        method.prepare(model)
+        method.start(OPTIMIZERS["adamw"](method.parameters()), 6)
+        for step in range(6):
+            method.step(model, text(seed=seed + step))
+        method.finish()
+        languages.append(method.update())
+    source, target = languages
+    model = llama()
+    source.attach_to(model, "language")
+    before, spoken = snapshot(model), outputs(model)
+    method = LotteryTicket(density=0.02, name="task")
+    run(model, method, 8, "adamw-decay")
+    method.finish()
+    assert not changed(model, before)
+    task = method.update()
+    assert error(outputs(model), spoken) > 1e-3
+    with_task = llama()
+    task.attach_to(with_task, "task")
+    source.attach_to(with_task, "language")
+    assert error(outputs(with_task), outputs(model)) <= 1e-6
+    moved, merged = llama(), llama()
+    target.attach_to(moved, "language")
+    task.attach_to(moved, "task")
+    (target + task).merge_into(merged)
+    assert error(outputs(moved), outputs(merged)) <= 1e-6
+    assert error(outputs(moved), outputs(model)) > 1e-3
+
+
 def test_the_same_run_twice_gives_the_same_bits() -> None:
     runs = []
     for _ in range(2):

@@ -330,6 +330,30 @@ def test_state_is_of_adapters_and_entries() -> None:
     assert sum(p.grad.numel() for p in model.parameters() if p.grad is not None) == entries + adapters
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_activation_checkpointing_changes_nothing(base: str) -> None:
+    states = []
+    for checkpointing in (False, True):
+        model = lora(llama(base))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        run(model, RoSA(DENSITY, "wl1"), until=5)
+        states.append(snapshot(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_weights_that_bitsandbytes_has_quantized_stay_as_they_are() -> None:
+    model = lora(llama("bnb-nf4"))
+    before, plain = snapshot(model), outputs(model)
+    method = RoSA(DENSITY, "wl1")
+    run(model, method, until=7)
+    method.finish()
+    trained = {name for name in before if "lora_" in name}
+    assert changed(model, before) == trained
+    assert all(bool((delta.values != 0).any()) for delta in deltas(model).values())
+    assert error(outputs(model), plain) > 1e-3
+
+
 # ---- errors
 
 

@@ -444,6 +444,30 @@ def test_an_update_of_several_batches_is_one_gradient() -> None:
     assert error(one.total, gradient[one.indices.flat()]) <= 1e-5
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_activation_checkpointing_changes_nothing(base: str) -> None:
+    states = []
+    for checkpointing in (False, True):
+        model = llama(base)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        run(model, SpIEL(**SHORT), until=5)
+        states.append(snapshot(model))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_weights_that_bitsandbytes_has_quantized_stay_as_they_are() -> None:
+    model = llama("bnb-nf4")
+    before, plain = snapshot(model), outputs(model)
+    method = SpIEL(**SHORT)
+    run(model, method, until=7)
+    method.finish()
+    trained = {name for name in before if "lora_" in name}
+    assert changed(model, before) == trained
+    assert all(bool((delta.values != 0).any()) for delta in deltas(model).values())
+    assert error(outputs(model), plain) > 1e-3
+
+
 # ---- errors
 
 
