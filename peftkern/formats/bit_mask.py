@@ -119,6 +119,17 @@ def kept_count(elements: int, density: float) -> int:
     return math.floor(Fraction(repr(float(density))) * elements)
 
 
+def complement(share: float) -> float:
+    """1 - ``share`` in decimals, as both are written: 0.9 leaves 0.1, where floating point leaves a little less.
+
+    Raises:
+        ValueError: ``share`` is not within 0 and 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"share must be between 0 and 1, got {share}")
+    return float(1 - Fraction(repr(float(share))))
+
+
 def largest_mask(scores: Tensor, count: int) -> BitMask:
     """Keeps exactly the ``count`` entries of the largest score; of equal ones the first in row-major order.
 

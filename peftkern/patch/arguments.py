@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.formats import SparseIndices
+from peftkern.formats import BitMask, SparseIndices
+from peftkern.nn.masked_linear import mask_of
 from peftkern.nn.sparse_linear import deltas_of
 from peftkern.ops.lora_linear import Adapters, Weight, weight_tensors
 from peftkern.patch.weights import NotFused, original_class, read_weight
@@ -36,6 +37,7 @@ class LayerArguments:
         lora_A, lora_B, scaling, dropout_p: of the running adapters; empty where the base layer runs alone.
         lora_biases: those of every B that has one, with their scaling.
         values, indices, delta_scaling: of the running sparse deltas; empty where there is none.
+        mask: where the weight counts; ``None``: everywhere.
     """
 
     base: nn.Module
@@ -49,6 +51,11 @@ class LayerArguments:
     values: list[Tensor] = field(default_factory=list)
     indices: list[SparseIndices] = field(default_factory=list)
     delta_scaling: list[float] = field(default_factory=list)
+    mask: BitMask | None = None
+
+    def runs_alone(self) -> bool:
+        """Whether the product is none that layers which share their input, or a gate, can join."""
+        return bool(self.values) or self.mask is not None
 
     def total_bias(self) -> Tensor | None:
         """The sum of all biases, [out]."""
@@ -156,12 +163,12 @@ def read_lora(layer: Any, names: Sequence[str], x: Tensor) -> LayerArguments:
 
 
 def with_deltas(base: Any, weight: Weight) -> LayerArguments:
-    """What ``base``, whose weight is ``weight``, computes with: weight, bias and running deltas.
+    """What ``base``, whose weight is ``weight``, computes with: weight, mask, bias and running deltas.
 
     Raises:
-        NotFused: somebody watches the calls of a delta.
+        NotFused: somebody watches the calls of a delta, or there are a mask and deltas.
     """
-    arguments = LayerArguments(base, weight, base.bias)
+    arguments = LayerArguments(base, weight, base.bias, mask=mask_of(base))
     for name, delta in deltas_of(base).items():
         if not delta.running():
             continue
@@ -170,6 +177,8 @@ def with_deltas(base: Any, weight: Weight) -> LayerArguments:
         arguments.values.append(delta.values)
         arguments.indices.append(delta.indices)
         arguments.delta_scaling.append(delta.scaling)
+    if arguments.mask is not None and arguments.values:
+        raise NotFused("sparse deltas over a masked weight run one after another")
     return arguments
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftkern.backends import by_tokens, registry
 from peftkern.formats import QuantizedTensor
+from peftkern.nn.masked_linear import mask_of, masked_weight
 from peftkern.nn.sparse_linear import deltas_of, under_deltas
 from peftkern.ops.lora_linear_group import backend_for
 from peftkern.patch import fused
@@ -37,6 +38,8 @@ OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do t
 
 
 DELTAS_ALONE = "runs alone, not with the layers that share its input: it has sparse deltas"
+MASK_ALONE = "runs alone, not with the layers that share its input: it has a mask"
+OURS = "a module of peftkern, runs it unpatched"
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ def _unused(module: nn.Module) -> int:
 
 
 def _fused(name: str, module: nn.Module, arguments: LayerArguments, kernel: str, notes: Sequence[str]) -> PatchRow:
-    note = "; ".join(note for note in notes if note)
+    mask_note = "" if arguments.mask is None else f"keeps {arguments.mask.density:.3g} of its weight"
+    note = "; ".join(note for note in (*notes, mask_note) if note)
     weight, entries = arguments.weight, sum(map(len, arguments.indices))
     row = PatchRow(name, _class_name(module), _describe(weight), "fused", kernel, note, True, _calls(module))
     return replace(row, unused=_unused(module), entries=entries, density=entries / max(weight.shape.numel(), 1))
@@ -177,6 +181,12 @@ def _token(arguments: LayerArguments, setting: _Setting) -> Tensor:
 def _kernel(arguments: LayerArguments, setting: _Setting) -> str:
     row = _token(arguments, setting)
     operands = (arguments.weight, arguments.adapters(), arguments.total_bias())
+    if arguments.mask is not None:
+        masked = (arguments.weight, arguments.mask, *operands[1:])
+        describe = by_tokens.describe(
+            "masked_linear", lambda tokens: (row.expand(tokens, -1), *masked), setting.backend
+        )
+        return f"masked_linear on {describe}"
     chosen = by_tokens.describe("lora_linear", lambda tokens: (row.expand(tokens, -1), *operands), setting.backend)
     if not arguments.values:
         return f"lora_linear on {chosen}"
@@ -208,11 +218,12 @@ def _is_decoded_wrongly_by_bitsandbytes(base: nn.Module, weight: Tensor | Quanti
 
 
 def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
-    if not _is_a(module, "peftkern.nn.quantized_linear", "QuantizedLinear"):
+    mask = mask_of(module)
+    if mask is None and not _is_a(module, "peftkern.nn.quantized_linear", "QuantizedLinear"):
         return Finding(name, module, _left(name, module, "dense, no adapter"))
-    arguments = LayerArguments(module, read_weight(module), module.bias)
-    kernel = _kernel(arguments, setting)
-    return Finding(name, module, _fused(name, module, arguments, kernel, ["a module of peftkern, runs it unpatched"]))
+    # not `read_weight`, which refuses a trained one: a masked layer may train its own
+    arguments = LayerArguments(module, masked_weight(module), module.bias, mask=mask)
+    return Finding(name, module, _fused(name, module, arguments, _kernel(arguments, setting), [OURS]))
 
 
 def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
@@ -291,8 +302,8 @@ def _in_features(findings: Iterable[Finding]) -> dict[str, int]:
 
 def _in_group(members: Sequence[Finding], setting: _Setting) -> list[Finding]:
     """``members``, which share their input, with the kernel that runs them as one, if there is one."""
-    together = [finding for finding in members if not _has_deltas(finding.module)]
-    alone = [finding for finding in members if _has_deltas(finding.module)]
+    together = [finding for finding in members if not _why_alone(finding.module)]
+    alone = [finding for finding in members if _why_alone(finding.module)]
     if alone and _group_kernel(_running(members), setting) is not None:
         alone = [replace(finding, row=_row_alone(finding)) for finding in alone]
     if len(together) < 2:
@@ -301,8 +312,12 @@ def _in_group(members: Sequence[Finding], setting: _Setting) -> list[Finding]:
     return [*(replace(finding, group=group, row=_row_in_group(finding, kernel)) for finding in together), *alone]
 
 
-def _has_deltas(layer: nn.Module) -> bool:
-    return bool(deltas_of(getattr(layer, "base_layer", layer)))
+def _why_alone(layer: Any) -> str:
+    """Why ``layer`` cannot join those that share its input; empty where it can."""
+    base = getattr(layer, "base_layer", layer)
+    if deltas_of(base):
+        return DELTAS_ALONE
+    return "" if mask_of(base) is None else MASK_ALONE
 
 
 def _running(members: Sequence[Finding]) -> list[LayerArguments]:
@@ -312,7 +327,7 @@ def _running(members: Sequence[Finding]) -> list[LayerArguments]:
 def _row_alone(finding: Finding) -> PatchRow | None:
     if finding.row is None:
         return None
-    return replace(finding.row, reason="; ".join(filter(None, [finding.row.reason, DELTAS_ALONE])))
+    return replace(finding.row, reason="; ".join(filter(None, [finding.row.reason, _why_alone(finding.module)])))
 
 
 def _group_kernel(together: Sequence[LayerArguments], setting: _Setting) -> str | None:

@@ -5,6 +5,7 @@ a fused layer needs sits in one entry of its `__dict__`, and goes when the layer
 
     y = x Wᵀ + Σᵢ sᵢ (Dᵢ(x) Aᵢᵀ) Bᵢᵀ + b + Σᵢ sᵢ bᵢ          i over the active adapters of this layer
            + Σₖ sₖ x Sₖᵀ                                     k over the sparse deltas of its base layer
+    W is W ⊙ M where the base layer has a mask M
     y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
                                                              fused too, its input is not kept but made again
 
@@ -26,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import QuantizedTensor
+from peftkern.nn.masked_linear import MERGE_UNDER_MASK, mask_of
 from peftkern.nn.sparse_linear import class_with_deltas, under_deltas
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear
+from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.silu_mul import silu_mul
 from peftkern.ops.sparse_delta_linear import sparse_delta_linear
 from peftkern.patch import merging
@@ -236,6 +239,8 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
         arguments = read_layer(down, gate)
     except NotFused:  # whatever runs instead says why
         return None
+    if arguments.mask is not None:
+        return None
     keeps_input = any(tensor.requires_grad for tensor in (*arguments.lora_A, *arguments.values))
     return arguments if keeps_input and arguments.compute_dtype(gate.dtype) == gate.dtype else None
 
@@ -272,6 +277,8 @@ def _check_gate(gate: Tensor, up: Tensor) -> None:
 def _merge(original: Any) -> Callable[..., None]:
     def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         _forget_outputs(self)
+        if mask_of(self.get_base_layer()) is not None:
+            raise ValueError(MERGE_UNDER_MASK)
         if not _has_quantized_linear(self):
             return original.merge(self, safe_merge, adapter_names)  # type: ignore[no-any-return]
         names = sys.modules["peft.tuners.tuners_utils"].check_adapters_to_merge(self, adapter_names)
@@ -316,6 +323,19 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
             arguments.values,
             arguments.indices,
             arguments.delta_scaling,
+            arguments.lora_A,
+            arguments.lora_B,
+            arguments.scaling,
+            arguments.total_bias(),
+            arguments.dropout_p,
+            backend=state.backend,
+        )
+        return arguments.from_compute(y, x)
+    if arguments.mask is not None:
+        y = masked_linear(
+            arguments.to_compute(x),
+            arguments.weight,
+            arguments.mask,
             arguments.lora_A,
             arguments.lora_B,
             arguments.scaling,

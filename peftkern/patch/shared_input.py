@@ -3,7 +3,7 @@
 An attention block of transformers calls `q_proj(x)`, `k_proj(x)` and `v_proj(x)` one after another, a gated block its
 `gate_proj(x)` and `up_proj(x)`. The first of them to be called computes the outputs of all; the others hand theirs out
 when they are called with the very same tensor and nothing has changed that their result depends on. Any other call
-computes its own, so that a result never depends on who shares what. Layers with sparse deltas run alone, and
+computes its own, so that a result never depends on who shares what. Layers with sparse deltas or a mask run alone, and
 `torch.compile` sees every layer alone.
 
 Which layers belong together is known by their names. Where a block turns out not to ask for every output (it skips a
@@ -194,7 +194,7 @@ class SharedInput:
             except NotFused:
                 continue
             fits = arguments.weight.shape[1] == x.shape[-1] and arguments.compute_dtype(x.dtype) == x_.dtype
-            if fits and not arguments.values:
+            if fits and not arguments.runs_alone():
                 found[position] = arguments
         return found
 

@@ -32,11 +32,12 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
     Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, bitsandbytes
     layers without adapter, and the feed-forward blocks of `transformers` that SiLU gates, whatever layers they hold:
     those keep two tensors for the backward pass instead of three. Layers with sparse deltas (`peftkern.sparse`), with
-    adapters over them or without, run base, adapters and deltas as one operation. Only the class of these instances
-    changes, to a subclass of itself. Adapters may be added, switched, disabled, merged and saved afterwards through
-    PEFT's own calls; where PEFT creates new layers, call `patch` again. What the fused product does not cover (DoRA and
-    other variants, `adapter_names`, hooks on inner layers) runs the code that it ran before, and is named in the report
-    or, when it depends on the call, logged and counted in the next report.
+    adapters over them or without, run base, adapters and deltas as one operation; adapters over a masked weight run as
+    one with it. Only the class of these instances changes, to a subclass of itself. Adapters may be added, switched,
+    disabled, merged and saved afterwards through PEFT's own calls; where PEFT creates new layers, call `patch` again.
+    What the fused product does not cover (DoRA and other variants, `adapter_names`, hooks on inner layers) runs the
+    code that it ran before, and is named in the report or, when it depends on the call, logged and counted in the next
+    report.
 
     Where a backend has a form for it, layers that a block calls with one and the same tensor (queries, keys and values;
     the two halves of a gated block) are computed as one group, and the report says so. A block that does not ask for

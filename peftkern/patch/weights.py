@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats import BLOCK_SIZES, DoubleQuantization, QuantizedTensor, codebook
+from peftkern.nn.masked_linear import under_mask
 from peftkern.nn.sparse_linear import under_deltas
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +77,7 @@ def original_class(layer_class: type) -> type:
 
 
 def read_weight(base: nn.Module) -> Tensor | QuantizedTensor:
-    """The weight [out, in] of ``base``, without its sparse deltas.
+    """The weight [out, in] of ``base``, without its mask and its sparse deltas.
 
     Raises:
         NotFused: the layer is of an unknown kind, or its weight is in a state that the kernels do not take.
@@ -88,8 +89,8 @@ def read_weight(base: nn.Module) -> Tensor | QuantizedTensor:
 
 
 def base_kind(base_class: type) -> BaseKind | None:
-    """What is known of an (original) class of base layers, with or without deltas; ``None`` when nothing is."""
-    base_class = under_deltas(base_class)
+    """What is known of an (original) class of base layers, whatever mask or deltas; ``None`` when nothing is."""
+    base_class = under_mask(under_deltas(base_class))
     # no functools.cache, which torch.compile warns about
     if base_class not in _found:
         _found[base_class] = _find_kind(base_class)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftkern.integrations.fingerprint import Fingerprint as Fingerprint
     from peftkern.integrations.fingerprint import WrongBaseError as WrongBaseError
+    from peftkern.sparse.d_pruner import DPruner as DPruner
     from peftkern.sparse.dsee import DSEE as DSEE
     from peftkern.sparse.layers import attach as attach
     from peftkern.sparse.layers import deltas as deltas
@@ -16,28 +17,37 @@ if TYPE_CHECKING:
     from peftkern.sparse.layers import linear_layers as linear_layers
     from peftkern.sparse.layers import set_active as set_active
     from peftkern.sparse.lottery_ticket import LotteryTicket as LotteryTicket
+    from peftkern.sparse.masking import mask_layers as mask_layers
+    from peftkern.sparse.masking import masks as masks
+    from peftkern.sparse.masking import release_masks as release_masks
     from peftkern.sparse.merging import merge as merge
     from peftkern.sparse.merging import unmerge as unmerge
     from peftkern.sparse.rosa import RoSA as RoSA
     from peftkern.sparse.skill_grafting import SkillGrafting as SkillGrafting
     from peftkern.sparse.spiel import SpIEL as SpIEL
+    from peftkern.sparse.static_mask import StaticMask as StaticMask
     from peftkern.sparse.update import SparseUpdate as SparseUpdate
 
 _LAZY = {
+    "DPruner": "peftkern.sparse.d_pruner",
     "DSEE": "peftkern.sparse.dsee",
     "Fingerprint": "peftkern.integrations.fingerprint",
-    "SkillGrafting": "peftkern.sparse.skill_grafting",
     "LotteryTicket": "peftkern.sparse.lottery_ticket",
-    "SpIEL": "peftkern.sparse.spiel",
     "RoSA": "peftkern.sparse.rosa",
+    "SkillGrafting": "peftkern.sparse.skill_grafting",
+    "SpIEL": "peftkern.sparse.spiel",
     "SparseUpdate": "peftkern.sparse.update",
+    "StaticMask": "peftkern.sparse.static_mask",
     "WrongBaseError": "peftkern.integrations.fingerprint",
     "attach": "peftkern.sparse.layers",
     "deltas": "peftkern.sparse.layers",
     "detach": "peftkern.sparse.layers",
     "disabled": "peftkern.sparse.layers",
     "linear_layers": "peftkern.sparse.layers",
+    "mask_layers": "peftkern.sparse.masking",
+    "masks": "peftkern.sparse.masking",
     "merge": "peftkern.sparse.merging",
+    "release_masks": "peftkern.sparse.masking",
     "set_active": "peftkern.sparse.layers",
     "unmerge": "peftkern.sparse.merging",
 }

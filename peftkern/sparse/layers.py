@@ -69,8 +69,9 @@ def attach(
         raise TypeError(f"attach: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     if values is not None and values.keys() != indices.keys():
         raise ValueError(f"attach: values must have the keys of indices; {_difference(values, indices)}")
-    layers = {layer_name: _find_layer(model, layer_name) for layer_name in indices}
-    _check_layers(model, layers, name)
+    layers = {layer_name: find_layer(model, layer_name) for layer_name in indices}
+    check_called(model, layers, "delta")
+    _check_free(layers, name)
     made = {}
     for layer_name, layer in layers.items():
         own = None if values is None else values[layer_name]
@@ -230,7 +231,12 @@ def _difference(got: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     return f"missing: {', '.join(missing[:5]) or 'none'}; too many: {', '.join(more[:5]) or 'none'}"
 
 
-def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
+def find_layer(model: nn.Module, layer_name: str, caller: str = "attach") -> nn.Module:
+    """The linear layer of this name, the one beneath where it is a PEFT layer.
+
+    Raises:
+        ValueError: there is none; the message begins with ``caller``.
+    """
     try:
         layer = base_layer(model.get_submodule(layer_name))
     except AttributeError:
@@ -240,7 +246,7 @@ def _find_layer(model: nn.Module, layer_name: str) -> nn.Module:
     what = "is no module" if layer is None else f"is a {type(layer).__name__}, not a linear layer,"
     known = list(_all_linear_layers(model))
     close = difflib.get_close_matches(layer_name, known, 3, 0.5) or known[:3]
-    raise ValueError(f"attach: {layer_name!r} {what} of this {type(model).__name__}; it has {', '.join(close)}")
+    raise ValueError(f"{caller}: {layer_name!r} {what} of this {type(model).__name__}; it has {', '.join(close)}")
 
 
 def weight_shape(layer: nn.Module) -> tuple[int, int] | None:
@@ -249,27 +255,32 @@ def weight_shape(layer: nn.Module) -> tuple[int, int] | None:
     return shape if isinstance(shape[0], int) and isinstance(shape[1], int) else None  # type: ignore[return-value]
 
 
-def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], name: str) -> None:
+def check_called(model: nn.Module, layers: Mapping[str, nn.Module], what: str, caller: str = "attach") -> None:
+    """Raise `ValueError` unless each of ``layers`` is there once and its own forward runs, so that a ``what`` acts."""
     by_identity: dict[int, str] = {}
     parents = [parent for parent in model.modules() if isinstance(parent, _READ_BY_PARENT)]
     read_by_parent = {id(child): parent for parent in parents for child in parent.modules()}
     for layer_name, layer in layers.items():
         first = by_identity.setdefault(id(layer), layer_name)
         if first != layer_name:
-            raise ValueError(f"attach: {first} and {layer_name} are one layer; name it once")
-        if name in deltas_of(layer):
-            raise ValueError(
-                f"attach: {layer_name} has a delta called {name!r}; give this one another name, or detach that one"
-            )
+            raise ValueError(f"{caller}: {first} and {layer_name} are one layer; name it once")
         if "forward" in layer.__dict__:
             raise ValueError(
-                f"attach: the forward of {layer_name} was replaced on the instance (accelerate's hooks do that), and "
-                "would pass the delta by; load the model without a device_map"
+                f"{caller}: the forward of {layer_name} was replaced on the instance (accelerate's hooks do that), and "
+                f"would pass the {what} by; load the model without a device_map"
             )
         if id(layer) in read_by_parent:
             raise ValueError(
-                f"attach: {layer_name} is part of a {type(read_by_parent[id(layer)]).__name__}, which computes with "
-                "its weight without calling it; a delta would have no effect"
+                f"{caller}: {layer_name} is part of a {type(read_by_parent[id(layer)]).__name__}, which computes with "
+                f"its weight without calling it; a {what} would have no effect"
+            )
+
+
+def _check_free(layers: Mapping[str, nn.Module], name: str) -> None:
+    for layer_name, layer in layers.items():
+        if name in deltas_of(layer):
+            raise ValueError(
+                f"attach: {layer_name} has a delta called {name!r}; give this one another name, or detach that one"
             )
 
 
