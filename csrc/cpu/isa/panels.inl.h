@@ -298,19 +298,19 @@ struct ColumnScale {
   }
 };
 
-template <class Encoded>
+template <class Encoded, bool kMasked>
 static inline Float decode_row_vector(const Encoded& encoded, const Weight& weight, int64_t row, int64_t column,
                                       ColumnScale& scale) {
   if (column + kLanes > weight.columns) return decode_lanes_along_columns(weight, row, column);
   const Float value = weight_quantized(weight)
                           ? mul(encoded.row(weight.data, row * weight.columns + column), scale.at(weight, row, column))
                           : encoded.row(weight.data, row * weight.row_stride + column);
-  if (weight.mask.bits == nullptr) return value;
+  if constexpr (!kMasked) return value;
   return keep_lanes(value, weight.mask.bits + row * weight.mask.row_stride + column / 8);
 }
 
 // The arguments are taken by value: through a reference, every store to a panel could change them.
-template <class Encoded, Precision kForm>
+template <class Encoded, Precision kForm, bool kMasked>
 static void decode_along_rows(const Weight weight, int64_t column0, int64_t k0, const Panels panels) {
   const Encoded encoded(weight);
   const int64_t panel_stride = panels.allocated * panels.width * Sink<kForm>::kBytes;
@@ -323,8 +323,10 @@ static void decode_along_rows(const Weight weight, int64_t column0, int64_t k0, 
     int64_t column = column0;
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       for (int64_t lane = 0; lane < panels.width; lane += kLanes, column += kLanes) {
-        const Float first = decode_row_vector(encoded, weight, k0 + k, column, first_scale);
-        const Float second = has_second ? decode_row_vector(encoded, weight, k0 + k + 1, column, second_scale) : zero();
+        const Float first = decode_row_vector<Encoded, kMasked>(encoded, weight, k0 + k, column, first_scale);
+        const Float second =
+            has_second ? decode_row_vector<Encoded, kMasked>(encoded, weight, k0 + k + 1, column, second_scale)
+                       : zero();
         sink.put(k, first, second);
         sink.place += kLanes * Sink<kForm>::kColumnBytes;
       }
@@ -337,10 +339,12 @@ static void decode_along_rows(const Weight weight, int64_t column0, int64_t k0, 
 
 template <class Encoded, Precision kForm>
 static void decode_vectors(const Weight& weight, bool transposed, int64_t output0, int64_t k0, const Panels& panels) {
-  if (transposed)
-    decode_along_rows<Encoded, kForm>(weight, output0, k0, panels);
-  else
+  if (!transposed)
     decode_along_columns<Encoded, kForm>(weight, output0, k0, panels);
+  else if (weight.mask.bits == nullptr)
+    decode_along_rows<Encoded, kForm, false>(weight, output0, k0, panels);
+  else
+    decode_along_rows<Encoded, kForm, true>(weight, output0, k0, panels);
 }
 #endif
 
