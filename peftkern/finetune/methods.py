@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
@@ -98,10 +99,8 @@ def build(config: FinetuneConfig) -> Method | None:
         return None
     module, _, name = entry.implementation.partition(":")
     implementation = getattr(importlib.import_module(module), name)
-    known = {
-        name: hint for name, hint in get_type_hints(implementation.__init__).items() if name not in ("self", "return")
-    }
-    settings = {"targets": config.target_module_names, "seed": config.seed}
+    known = {name: hint for name, hint in get_type_hints(implementation.__init__).items() if _readers_of(hint)}
+    settings = {"targets": _as_pattern(config.target_module_names), "seed": config.seed}
     arguments = {name: value for name, value in settings.items() if name in known}
     arguments |= {name: _convert(name, text, known, entry) for name, text in options.items()}
     missing = [name for name in _required(implementation) if name not in arguments]
@@ -133,24 +132,35 @@ def _convert(name: str, text: str, known: Mapping[str, Any], entry: MethodEntry)
         close = difflib.get_close_matches(key, known, 1)
         guess = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(known))}"
         raise InputError(f"--method-options: {entry.name} has no option {name!r}; {guess}")
-    types = get_args(known[key]) or (known[key],)
-    for wanted in (NoneType, bool, int, float, str):
-        if wanted in types:
-            try:
-                return _READERS[wanted](text)
-            except (ValueError, KeyError):
-                continue
-    names = " or ".join("none" if wanted is NoneType else wanted.__name__ for wanted in types)
-    raise InputError(f"--method-options: {name} must be {names}, got {text!r}")
+    readers = _readers_of(known[key])
+    for read in readers.values():
+        try:
+            return read(text)
+        except (ValueError, KeyError):
+            continue
+    raise InputError(f"--method-options: {name} must be {' or '.join(readers)}, got {text!r}")
 
 
-_READERS: Mapping[type, Any] = {
-    NoneType: {"none": None}.__getitem__,
-    bool: {"true": True, "false": False}.__getitem__,
-    int: int,
-    float: float,
-    str: str,
+_READERS: Mapping[type, tuple[str, Callable[[str], Any]]] = {
+    NoneType: ("none", {"none": None}.__getitem__),
+    bool: ("true or false", {"true": True, "false": False}.__getitem__),
+    int: ("int", int),
+    float: ("float", float),
+    str: ("str", str),
 }
+
+
+def _readers_of(hint: Any) -> dict[str, Callable[[str], Any]]:
+    """How a value of this type is read from text; empty for types that have no text, such as batches."""
+    types = get_args(hint) or (hint,)
+    if not set(types) <= _READERS.keys() or types == (NoneType,):
+        return {}
+    return dict(reader for wanted, reader in _READERS.items() if wanted in types)
+
+
+def _as_pattern(targets: str | list[str]) -> str:
+    """The regular expression for names that end with one of ``targets``."""
+    return targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(target) for target in targets)})"
 
 
 def _required(implementation: Any) -> list[str]:
