@@ -37,6 +37,15 @@ RUNS: Mapping[str, Run] = {
     "full": Run("full", 5e-5, "dense base", quantization="none"),
     "hft": Run("hft", 5e-5, "dense base; embedding trained", quantization="none"),
     "hft-frozen": Run("hft", 5e-5, "dense base; embedding frozen", "embeddings=freeze", "none"),
+    "cofitune": Run("cofitune", 1e-4, "dense base; up and down of the second quarter of layers", quantization="none"),
+    "spdf": Run("spdf", 1e-3, "dense base, half of the linear weights zero", "sparsity=0.5", "none"),
+    "lt-sft": Run("lt-sft", 5e-5, "dense base; 0.5% of the linear weights", "density=0.005,full_share=0.5", "none"),
+    "spiel": Run("spiel", 1e-3, "NF4 base; 0.5% of the linear weights", "density=0.005"),
+    "rosa": Run("rosa", 5e-4, "NF4 base; r=16 and 0.3%", "density=0.003"),
+    "dsee": Run("dsee", 5e-4, "NF4 base; r=16 and a fixed index set"),
+    "skill-grafting": Run("skill-grafting", 0.0, "0.1% of the changes of `full`", recipe=True),
+    "freeze-as-guard": Run("freeze-as-guard", 0.0, "dense base; guards against docstrings", recipe=True),
+    "d-pruner": Run("d-pruner", 0.0, "dense base; a tenth of the linear weights dropped, not trained", recipe=True),
 }
 
 COLUMNS = ("method", "held-out loss", "trained", "s / step", "peak MB", "")
