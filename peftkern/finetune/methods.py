@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType
@@ -100,12 +99,10 @@ def build(config: FinetuneConfig) -> Method | None:
     module, _, name = entry.implementation.partition(":")
     implementation = getattr(importlib.import_module(module), name)
     known = {name: hint for name, hint in get_type_hints(implementation.__init__).items() if _readers_of(hint)}
-    settings = {"targets": _as_pattern(config.target_module_names), "seed": config.seed}
-    arguments = {name: value for name, value in settings.items() if name in known}
+    settings = {"targets": config.target_module_names, "seed": config.seed}
+    parameters = inspect.signature(implementation).parameters
+    arguments = {name: value for name, value in settings.items() if name in parameters}
     arguments |= {name: _convert(name, text, known, entry) for name, text in options.items()}
-    missing = [name for name in _required(implementation) if name not in arguments]
-    if missing:
-        raise InputError(f"--method-options: {entry.name} needs {', '.join(f'{name}=VALUE' for name in missing)}")
     try:
         method: Method = implementation(**arguments)
     except (ValueError, TypeError) as error:
@@ -156,13 +153,3 @@ def _readers_of(hint: Any) -> dict[str, Callable[[str], Any]]:
     if not set(types) <= _READERS.keys() or types == (NoneType,):
         return {}
     return dict(reader for wanted, reader in _READERS.items() if wanted in types)
-
-
-def _as_pattern(targets: str | list[str]) -> str:
-    """The regular expression for names that end with one of ``targets``."""
-    return targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(re.escape(target) for target in targets)})"
-
-
-def _required(implementation: Any) -> list[str]:
-    parameters = inspect.signature(implementation).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.default is inspect.Parameter.empty]

@@ -146,9 +146,11 @@ def _write_adapter(session: Session, path: Path) -> None:
 
 
 def _write_delta(session: Session, path: Path) -> None:
-    from peftkern.sparse import SparseUpdate
+    from peftkern.sparse.method import SparseMethod
 
-    SparseUpdate.from_model(session.adapted.model, method=session.config.method).save(path)
+    method = session.adapted.method
+    assert isinstance(method, SparseMethod)
+    method.update().save(path)
 
 
 _WRITERS = {methods.ADAPTER: _write_adapter, methods.DELTA: _write_delta, methods.MODEL: _write_model}

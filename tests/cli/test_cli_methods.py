@@ -93,3 +93,10 @@ def test_options_reach_the_method_and_seed_is_the_runs() -> None:
     assert method is not None
     settings = method._settings  # type: ignore[attr-defined]
     assert (settings.ratio, settings.embeddings, settings.seed) == (0.4, "freeze", 7)
+
+
+def test_target_modules_and_seed_are_those_of_the_run() -> None:
+    method = build(FinetuneConfig(model="m", data="d", method="spiel", target_modules="q_proj,v_proj", seed=7))
+    assert method is not None
+    assert method._targets == ["q_proj", "v_proj"]  # type: ignore[attr-defined]
+    assert method._seed == 7  # type: ignore[attr-defined]
