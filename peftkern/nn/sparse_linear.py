@@ -113,12 +113,7 @@ class SparseDelta(nn.Module):
             raise ValueError(f"replace_: the delta is on {self.values.device}, values on {values.device}")
         if self.merged:
             raise ValueError("replace_: the delta is merged into the weight; unmerge it first")
-        self.values.grad = None
-        # Autograd remembers the size of a parameter as long as any graph that it is in lives, and refuses gradients of
-        # another size. Passing through another dtype is what makes it forget.
-        self.values.data = torch.empty(0, dtype=torch.complex64, device=values.device)
-        self.values.data = values.detach()
-        torch.autograd.graph.increment_version(self.values)
+        resize_(self.values, values.detach())
         self._install(indices)
 
     # ---- moving, copying, state dict
@@ -173,6 +168,16 @@ class SparseDelta(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{len(self)} entries, density={self.indices.density:.3g}, scaling={self.scaling}, active={self.active}"
+
+
+def resize_(parameter: nn.Parameter, data: Tensor) -> None:
+    """Let ``parameter``, which stays the object that it is, hold ``data``, of any shape. Its gradient is dropped."""
+    parameter.grad = None
+    # Autograd remembers the size of a parameter as long as any graph that it is in lives, and refuses gradients of
+    # another size. Passing through another dtype is what makes it forget.
+    parameter.data = torch.empty(0, dtype=torch.complex64, device=data.device)
+    parameter.data = data
+    torch.autograd.graph.increment_version(parameter)
 
 
 def _check(indices: SparseIndices, values: Tensor) -> None:

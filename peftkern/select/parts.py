@@ -8,7 +8,7 @@ configuration. A mixture of experts has three matrices for every expert.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,20 @@ def row_count(model: nn.Module, matrix: Matrix) -> int:
     if matrix.rows is not None:
         return matrix.rows[1] - matrix.rows[0]
     return out_features(model.get_submodule(matrix.module), matrix.parameter)
+
+
+def attention_roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Which of the modules called ``names`` are the matrices of an attention.
+
+    Returns:
+        By name of the attention, the names of its matrices by role. One that holds several has a role like ``"q+k+v"``.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        block, row = block_of(name), _row_of(name, "weight")
+        if block is not None and row is not None and row.category == ATTENTION:
+            found.setdefault(_attention_group(name, block), {})["+".join(row.roles)] = name
+    return found
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from peftkern.integrations.fingerprint import WrongBaseError as WrongBaseError
     from peftkern.sparse.d_pruner import DPruner as DPruner
     from peftkern.sparse.dsee import DSEE as DSEE
+    from peftkern.sparse.head_pruning import remove_heads as remove_heads
     from peftkern.sparse.layers import attach as attach
     from peftkern.sparse.layers import deltas as deltas
     from peftkern.sparse.layers import detach as detach
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftkern.sparse.masking import release_masks as release_masks
     from peftkern.sparse.merging import merge as merge
     from peftkern.sparse.merging import unmerge as unmerge
+    from peftkern.sparse.pruned import Pruned as Pruned
     from peftkern.sparse.rosa import RoSA as RoSA
     from peftkern.sparse.skill_grafting import SkillGrafting as SkillGrafting
     from peftkern.sparse.spiel import SpIEL as SpIEL
@@ -33,6 +35,7 @@ _LAZY = {
     "DSEE": "peftkern.sparse.dsee",
     "Fingerprint": "peftkern.integrations.fingerprint",
     "LotteryTicket": "peftkern.sparse.lottery_ticket",
+    "Pruned": "peftkern.sparse.pruned",
     "RoSA": "peftkern.sparse.rosa",
     "SkillGrafting": "peftkern.sparse.skill_grafting",
     "SpIEL": "peftkern.sparse.spiel",
@@ -48,6 +51,7 @@ _LAZY = {
     "masks": "peftkern.sparse.masking",
     "merge": "peftkern.sparse.merging",
     "release_masks": "peftkern.sparse.masking",
+    "remove_heads": "peftkern.sparse.head_pruning",
     "set_active": "peftkern.sparse.layers",
     "unmerge": "peftkern.sparse.merging",
 }
