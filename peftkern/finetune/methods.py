@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from peftkern.finetune.config import FinetuneConfig
     from peftkern.select.method import Method
 
-ADAPTER, DELTA, MODEL = "adapter", "delta", "model"
-"""What a run writes: PEFT's adapter, a `peftkern.sparse.SparseUpdate`, a model folder of transformers."""
+ADAPTER, DELTA, MODEL, PRUNED = "adapter", "delta", "model", "pruned"
+"""What a run writes: PEFT's adapter, a `peftkern.sparse.SparseUpdate`, a model folder of transformers, and masks over
+the base weights, a `peftkern.sparse.Pruned`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,13 @@ METHODS: Mapping[str, MethodEntry] = {
             "low-rank adapters and a few entries of the weights",
             (ADAPTER, DELTA),
             "peftkern.sparse.rosa:RoSA",
+            low_rank=True,
+        ),
+        MethodEntry(
+            "dsee",
+            "low-rank adapters and a few entries of the weights, which are pruned on the way",
+            (ADAPTER, DELTA, PRUNED),
+            "peftkern.sparse.dsee:DSEE",
             low_rank=True,
         ),
     )

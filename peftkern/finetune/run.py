@@ -153,7 +153,22 @@ def _write_delta(session: Session, path: Path) -> None:
     method.update().save(path)
 
 
-_WRITERS = {methods.ADAPTER: _write_adapter, methods.DELTA: _write_delta, methods.MODEL: _write_model}
+def _write_pruned(session: Session, path: Path) -> None:
+    from peftkern.integrations.fingerprint import base_of
+    from peftkern.sparse import DSEE, Pruned
+
+    method = session.adapted.method
+    assert isinstance(method, DSEE)
+    pruned = method.pruned or Pruned({}, {}, base_of(session.adapted.model))
+    pruned.save(path)
+
+
+_WRITERS = {
+    methods.ADAPTER: _write_adapter,
+    methods.DELTA: _write_delta,
+    methods.MODEL: _write_model,
+    methods.PRUNED: _write_pruned,
+}
 
 
 def _describe_method(config: FinetuneConfig) -> str:

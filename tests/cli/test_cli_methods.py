@@ -10,13 +10,14 @@ from cli_helpers import Command
 
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.errors import InputError
-from peftkern.finetune.methods import ADAPTER, DELTA, METHODS, MODEL, MethodEntry, build
+from peftkern.finetune.methods import ADAPTER, DELTA, METHODS, MODEL, PRUNED, MethodEntry, build
 
 STEPS = ("--max-steps", 8, "--learning-rate", 1e-2, "--batch-size", 8)
 OPTIONS: dict[str, str] = {
     "lt-sft": "density=0.1",
     "spiel": "density=0.1,period=4,window=1",
     "rosa": "density=0.05,schedule=wl1",
+    "dsee": "entries=50,sparsity=0.1",
 }
 """What a method needs to do something visible on a tiny model in a few steps."""
 
@@ -35,7 +36,7 @@ def test_a_run_learns_and_what_it_writes_reaches_the_same_loss(
     before, after = (summary["held_out_loss"][when]["loss"] for when in ("before", "after"))
     assert after < before
     assert summary["trained"] > 0
-    assert {name for name in (ADAPTER, DELTA, MODEL) if (output / name).is_dir()} == set(entry.results)
+    assert {name for name in (ADAPTER, DELTA, MODEL, PRUNED) if (output / name).is_dir()} == set(entry.results)
     given = f" ({OPTIONS[entry.name]})" if entry.name in OPTIONS else ""
     assert f"{entry.name}{given}: {entry.summary}" in " ".join(result.output.split())
     assert _loss_of(output, model_folder, pairs_file, summary) == pytest.approx(after, rel=1e-4)
@@ -53,6 +54,10 @@ def _loss_of(output: Path, base: Path, data: Path, summary: dict[str, object]) -
     quantization = None if str(summary["quantization"]) == "none" else peftkern.QuantConfig("nf4", double_quant=True)
     folder = output / MODEL if (output / MODEL).is_dir() else base
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization)
+    if (output / PRUNED).is_dir():
+        pruned = peftkern.sparse.Pruned.load(output / PRUNED)
+        assert {mask.density for mask in pruned.masks.values()} != {1.0}
+        pruned.apply_to(model)
     if (output / DELTA).is_dir():
         peftkern.sparse.SparseUpdate.load(output / DELTA).attach_to(model)
     if (output / ADAPTER).is_dir():

@@ -11,10 +11,10 @@ import pytest
 from sparse_models import batches, changed, error, llama, outputs, snapshot
 
 import peftkern
-from peftkern.sparse import LotteryTicket, RoSA, SparseUpdate, SpIEL
+from peftkern.sparse import DSEE, LotteryTicket, RoSA, SkillGrafting, SparseUpdate, SpIEL
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
-METHODS = (LotteryTicket, SpIEL, RoSA)
+METHODS = (LotteryTicket, SpIEL, RoSA, DSEE)
 
 
 def section(title: str) -> str:
@@ -44,7 +44,20 @@ def test_loops_run_and_what_they_save_is_applied_and_reverted(
     assert base.state_dict().keys() == before.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_a_graft_is_found_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, fine_tuned = llama(), llama(seed=2)
+    (loop,) = code(section("SkillGrafting"))
+    names = {"base": base, "fine_tuned": fine_tuned, "batches": batches(3), "rate": lambda model: 0.0}
+    exec(loop, {"peftkern": peftkern, **names})
+    graft = SparseUpdate.load("graft")
+    assert graft.metadata["metric"] == 0.0 and len(graft) > 0
+    fine_tuned.model.embed_tokens, fine_tuned.lm_head = base.model.embed_tokens, base.lm_head
+    graft.merge_into(base)
+    assert error(outputs(fine_tuned), outputs(base)) <= 1e-5
+
+
+@pytest.mark.parametrize("method", (*METHODS, SkillGrafting))
 def test_options_are_there_with_their_defaults(method: type) -> None:
     rows = re.findall(r"^\| (`.*?) \|(.*?)\|", section(method.__name__), flags=re.MULTILINE)
     documented = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
@@ -52,8 +65,10 @@ def test_options_are_there_with_their_defaults(method: type) -> None:
     assert documented.keys() == parameters.keys()
     for name, parameter in parameters.items():
         text, default = documented[name].strip(" `"), parameter.default
-        if default is None:
+        if default in (None, (), inspect.Parameter.empty):
             assert text == "", name
+        elif isinstance(default, bool):
+            assert text == str(default), name
         elif isinstance(default, str):
             assert text == f'"{default}"', name
         else:
