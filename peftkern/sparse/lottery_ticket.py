@@ -126,6 +126,7 @@ class LotteryTicket(SparseMethod):
         self._phase: Phase | None = None
         self._entries = 0
         self._parameters = 0
+        self._bits = 0
 
     # ---- what is trained
 
@@ -153,6 +154,7 @@ class LotteryTicket(SparseMethod):
         self._parameters = sum(parameter.numel() for parameter in model.parameters())
         self._layers = {name: _Layer(_Rewindable.of(layers[name]), delta) for name, delta in self.deltas.items()}
         self._whole = {name: _Rewindable.of(parameter) for name, parameter in dense.items()}
+        self._bits = sum(_sum_of_bits(layer.weight.start) for layer in self._layers.values())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What any of the phases trains: the linear weights, the values of their deltas, and what is dense."""
@@ -167,8 +169,8 @@ class LotteryTicket(SparseMethod):
         """Begin, or go on where the checkpoint that ``optimizer`` was loaded from ends.
 
         Raises:
-            ValueError: ``steps`` is not known, too small for two phases in every iteration, or another number than that
-                of the checkpoint.
+            ValueError: ``steps`` is not known, or too small for two phases in every iteration; or the checkpoint is of
+                another number of updates, or of another base.
         """
         if steps is None:
             raise ValueError("LotteryTicket: start needs the number of updates, of which both phases get a share")
@@ -286,13 +288,18 @@ class LotteryTicket(SparseMethod):
 
     def state(self) -> dict[str, Any]:
         whole = {name: dense.start.clone() for name, dense in self._whole.items()}
-        return {**super().state(), "steps": self.steps, "dense": whole}
+        return {**super().state(), "steps": self.steps, "start": self._bits, "dense": whole}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state["steps"] != self.steps:
             raise ValueError(
                 f"LotteryTicket: the checkpoint is of a run of {state['steps']} updates, whose phases a run of "
                 f"{self.steps} would move; go on with {state['steps']}"
+            )
+        if state["start"] != self._bits:
+            raise ValueError(
+                "LotteryTicket: the weights that were prepared are not those that the checkpoint's run started from; "
+                "prepare the base model, and load the checkpoint's weights into it afterwards"
             )
         super().load_state(state)
         for name, dense in self._whole.items():
@@ -367,6 +374,12 @@ class _Layer:
         """Add ``factor`` · sign(φ) to the gradient of the values."""
         if self.delta.values.grad is not None and factor > 0:
             self.delta.values.grad.add_(self.delta.values.sign(), alpha=factor)
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Of the bits of every number, read as an integer: alike in whatever order they are summed."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.view(integers[tensor.element_size()]).sum(dtype=torch.int64))
 
 
 def _dense_layers(model: nn.Module, targets: str | list[str]) -> dict[str, nn.Parameter]:

@@ -516,12 +516,12 @@ def test_the_trainer_does_what_the_loop_does(tmp_path: Path) -> None:
     assert trained.state_dict().keys() == loop.state_dict().keys()
 
 
-@pytest.mark.parametrize("checkpoint", [2, 4, 6, 8])
+@pytest.mark.parametrize("checkpoint", [2, 3, 5, 6, 8])
 def test_resumed_training_is_training_that_was_never_interrupted(checkpoint: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "weight_decay": 0.1,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 1,
         "lr_scheduler_type": "linear",
     }
     whole, resumed = llama(), llama()
@@ -558,6 +558,20 @@ def test_a_checkpoint_of_another_number_of_updates_is_an_error() -> None:
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"a run of 8 updates.*go on with 8"):
         method.start(other, 9)
+
+
+def test_a_checkpoint_loaded_before_it_is_prepared_is_an_error() -> None:
+    """The weights of the full phase would pass for those to go back to."""
+    model = llama()
+    optimizer = run(model, LotteryTicket(full_share=0.5), 8, until=2)
+    late = llama()
+    late.load_state_dict(model.state_dict(), strict=False)
+    method = LotteryTicket(full_share=0.5)
+    method.prepare(late)
+    other = OPTIMIZERS["adamw"](method.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="prepare the base model, and load the checkpoint's weights into it"):
+        method.start(other, 8)
 
 
 def test_the_schedule_runs_once_in_every_phase() -> None:
