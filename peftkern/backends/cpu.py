@@ -509,7 +509,7 @@ def masked_linear_backward(
     grad_weight = None
     if need_weight:
         assert x is not None and isinstance(weight, Tensor)
-        grad_weight = _weight_gradient(_rows(grad), _rows(x), mask, weight.dtype)
+        grad_weight = _weight_gradient(grad, _rows(x), mask, weight.dtype)
     return grad_x, grad_weight, grad_A, grad_B
 
 
@@ -519,7 +519,9 @@ def _weight_gradient(grad: Tensor, x: Tensor, mask: BitMask, dtype: torch.dtype)
         return x.new_zeros(mask.shape, dtype=dtype)
     out = _new(x, *mask.shape, dtype=dtype)
     precision = product_precision(grad.dtype, chosen_isa())
-    _product(grad, _dense_tuple(x), out, transposed=True, turned=True, out_mask=mask, precision=precision)
+    # turned once here: every task of the product would read it with strides of a row
+    left = grad.t().resolve_neg().contiguous()
+    _product(left, _dense_tuple(x), out, transposed=True, out_mask=mask, precision=precision)
     return out
 
 

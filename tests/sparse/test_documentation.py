@@ -1,4 +1,4 @@
-"""docs/sparse.md: its loops run, and it has every option of every method with its default."""
+"""docs/sparse.md and docs/masks.md: their code runs, and they have every option of every method with its default."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from sparse_models import batches, changed, error, llama, outputs, snapshot
 
 import peftkern
-from peftkern.sparse import DSEE, LotteryTicket, RoSA, SkillGrafting, SparseUpdate, SpIEL
+from peftkern.sparse import DSEE, DPruner, LotteryTicket, RoSA, SkillGrafting, SparseUpdate, SpIEL, StaticMask
 
 PAGE = (Path(__file__).parents[2] / "docs" / "sparse.md").read_text(encoding="utf-8")
+MASKS = (Path(__file__).parents[2] / "docs" / "masks.md").read_text(encoding="utf-8")
 METHODS = (LotteryTicket, SpIEL, RoSA, DSEE)
 
 
-def section(title: str) -> str:
-    return re.split(r"^## ", PAGE.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+def section(title: str, page: str = PAGE) -> str:
+    return re.split(r"^## ", page.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
 
 
 def code(text: str) -> list[str]:
@@ -57,9 +58,26 @@ def test_a_graft_is_found_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert error(outputs(fine_tuned), outputs(base)) <= 1e-5
 
 
-@pytest.mark.parametrize("method", (*METHODS, SkillGrafting))
+def test_masks_come_off_without_a_trace_and_a_pruned_model_has_zeros() -> None:
+    model = llama()
+    before = snapshot(model)
+    (masks,) = code(MASKS.split("\n## ")[0])
+    exec(masks, {"model": model})
+    assert not changed(model, before)
+    (pruning,) = code(section("DPruner", MASKS))
+    names = {"peftkern": peftkern, "model": model}
+    exec(pruning, {**names, "general_batches": batches(2), "domain_batches": batches(3)})
+    assert error(outputs(model), outputs(llama())) > 1e-3
+    peftkern.sparse.release_masks(model, keep_zeros=True)
+    assert int((model.model.layers[0].mlp.up_proj.weight == 0).sum()) == 192 * 64 // 2
+
+
+PAGES = {**dict.fromkeys((*METHODS, SkillGrafting), PAGE), StaticMask: MASKS, DPruner: MASKS}
+
+
+@pytest.mark.parametrize("method", PAGES)
 def test_options_are_there_with_their_defaults(method: type) -> None:
-    rows = re.findall(r"^\| (`.*?) \|(.*?)\|", section(method.__name__), flags=re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|(.*?)\|", section(method.__name__, PAGES[method]), flags=re.MULTILINE)
     documented = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names)}
     parameters = inspect.signature(method).parameters
     assert documented.keys() == parameters.keys()
