@@ -20,7 +20,7 @@ def lines(items: Sequence[Item], names: Sequence[str]) -> Iterator[str]:
     total = 0.0
     for item in items:
         launches = item.launches()
-        seconds = plan.expected_seconds(item, launches, rates, len(names))
+        seconds = plan.expected_seconds(item, launches, rates, names)
         total += seconds
         yield f"  {seconds:4.1f} s  {item.title}: {', '.join(one.kernel for one in launches) or 'native'}"
     yield f"{len(items)} items, about {total:.0f} s of timing on an H100"

@@ -75,6 +75,11 @@ class Operation:
         dtype = str(self.subject.dtype).removeprefix("torch.")
         return f"{self._name(self.path)}, {self.subject.group}, {self.tokens} tokens, {dtype}"
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """Who else is timed."""
+        return peers.OF_PRODUCTS if self.path is None else ()
+
     def _name(self, path: Path | None) -> str:
         how = "cuda" if self.native else path or "path by the table"
         return f"{self.direction} {self.subject.format or 'dense'} ({how})"
@@ -97,7 +102,7 @@ class Operation:
         with self._forced():
             error = self._error(sets[0])
             seconds = bench.timer.seconds([partial(self._run, one) for one in sets])
-        others = {name: self._peer_seconds(name, bench) for name in bench.peers} if self.path is None else {}
+        others = {name: self._peer_seconds(name, bench) for name in bench.peers if name in self.peers}
         yield Row(
             self._name(path),
             str(self.subject.group),

@@ -16,11 +16,16 @@ from peftkern.tune.operands import Operands
 Calls = list[Callable[[], object]]
 
 CUBLAS, PEFT, PEFT_BITSANDBYTES = "cuBLAS", "PEFT dense", "PEFT + bitsandbytes"
+TORCH, TORCH_SPARSE, BITSANDBYTES = "PyTorch", "torch.sparse", "bitsandbytes"
+
+OF_PRODUCTS = (CUBLAS, PEFT, PEFT_BITSANDBYTES)
+"""Those that a product of a group is timed beside."""
+ALL = (*OF_PRODUCTS, TORCH, TORCH_SPARSE, BITSANDBYTES)
 
 
 def missing() -> dict[str, str]:
     """Peers that cannot be timed here, and why."""
-    needed = {PEFT: ("peft",), PEFT_BITSANDBYTES: ("peft", "bitsandbytes")}
+    needed = {PEFT: ("peft",), PEFT_BITSANDBYTES: ("peft", "bitsandbytes"), BITSANDBYTES: ("bitsandbytes",)}
     absent = {
         name: [package for package in packages if importlib.util.find_spec(package) is None]
         for name, packages in needed.items()
@@ -30,11 +35,11 @@ def missing() -> dict[str, str]:
 
 def names() -> list[str]:
     """Peers that are timed."""
-    return [name for name in (CUBLAS, PEFT, PEFT_BITSANDBYTES) if name not in missing()]
+    return [name for name in ALL if name not in missing()]
 
 
 def calls(name: str, operands: Sequence[Operands], direction: str) -> Calls:
-    """One call for each set of operands, each on memory of its own."""
+    """What one of `OF_PRODUCTS` does: one call for each set of operands, each on memory of its own."""
     weights = [dense(member.weight).to(operands[0].x.dtype) for member in operands[0].members]
     if name == CUBLAS:
         return [_Products(one, [weight.clone() for weight in weights]).call(direction) for one in operands]

@@ -11,6 +11,14 @@ from peftkern.backends.triton.devices import Rates
 from peftkern.backends.triton.launch import Launch
 from peftkern.backends.triton.roofline import OVERHEAD, possible_paths
 from peftkern.gpu_check.items import Conversion, Gate, GatedBackward, Item, Kernels, Operation
+from peftkern.gpu_check.training_items import (
+    Importance,
+    MaskedProduct,
+    Selection,
+    SparseProduct,
+    TrainingItem,
+    Update,
+)
 from peftkern.tune.measure import DIRECTIONS, product
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import LLAMA_3_8B
@@ -19,7 +27,8 @@ TOKENS = (2048, 1, 512, 8, 8192, 64)
 """Numbers of tokens, the most telling first."""
 
 _DOWN = LLAMA_3_8B[3]
-_WEIGHTS = ((4096, 4096), (14336, 4096))
+_SQUARE = (4096, 4096)
+_WEIGHTS = (_SQUARE, (14336, 4096))
 _CONVERSIONS = (("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), ("int8_blockwise", False))
 """Format, and whether its scales are quantized as well."""
 _OTHERS = (("int8", torch.bfloat16), (None, torch.bfloat16), ("nf4", torch.float16), ("nf4", torch.float32))
@@ -43,6 +52,7 @@ def items() -> list[Item]:
         *_conversions(),
         *_native(),
         *_gates(),
+        *_training(),
         *_other_weights(),
         *_forced_paths(operations),
     ]
@@ -70,6 +80,22 @@ def _gates() -> Iterator[Item]:
         yield GatedBackward(Subject(_DOWN, "nf4", torch.bfloat16), tokens)
 
 
+def _training() -> Iterator[Item]:
+    for tokens in (2048, 8):
+        for direction in DIRECTIONS:
+            for density in (0.001, 0.01):
+                yield SparseProduct(_SQUARE, density, tokens, torch.bfloat16, direction)
+            yield MaskedProduct(_SQUARE, 0.5, tokens, torch.bfloat16, direction)
+    yield Update(_SQUARE, 32, torch.float32)
+    for bits in (32, 8):
+        for kept in (None, 0.01):
+            yield Update(_SQUARE, bits, torch.bfloat16, kept)
+    yield Selection(_SQUARE, 0.01, torch.bfloat16)
+    yield Selection(_SQUARE, 0.01, torch.float32, excluded=0.1)
+    for over in ("entries", "rows", "all"):
+        yield Importance(_SQUARE, over, torch.bfloat16)
+
+
 def _other_weights() -> Iterator[Item]:
     for format, dtype in _OTHERS:
         for tokens in (2048, 8):
@@ -83,11 +109,12 @@ def _forced_paths(operations: Sequence[Operation]) -> Iterator[Item]:
             yield Operation(operation.subject, operation.tokens, operation.direction, path)
 
 
-def expected_seconds(item: Item, launches: Sequence[Launch], rates: Rates, peers: int) -> float:
-    """About how long timing an item with these launches takes; the kernels are compiled by then."""
+def expected_seconds(item: Item, launches: Sequence[Launch], rates: Rates, peers: Sequence[str]) -> float:
+    """About how long timing an item with these launches takes beside ``peers``; the kernels are compiled by then."""
     one = sum(
         max((launched.bytes_read + launched.bytes_written) / rates.bandwidth, launched.flops / rates.half) + OVERHEAD
         for launched in launches
     )
-    times = 1 + peers if isinstance(item, Operation) and item.path is None else 1
+    timed = item.peers if isinstance(item, Operation | TrainingItem) else ()
+    times = 1 + sum(name in timed for name in peers)
     return _SETUP_SECONDS + times * _CALLS_PER_TIME * 2 * one

@@ -11,7 +11,7 @@ from typing import Any
 from peftkern.backends.triton.devices import Rates
 from peftkern.gpu_check.build import Build
 from peftkern.gpu_check.numerics import Numerics
-from peftkern.gpu_check.peers import CUBLAS, PEFT, PEFT_BITSANDBYTES
+from peftkern.gpu_check.peers import ALL
 from peftkern.gpu_check.rows import Row
 
 JSON_NAME, MARKDOWN_NAME = "gpu-check.json", "gpu-check.md"
@@ -95,11 +95,10 @@ class Report:
 
 
 _HEADER = ("kernel", "shape", "tokens", "us", "TB/s", "TFLOP/s", "of roofline", "error")
-_PEERS = (CUBLAS, PEFT, PEFT_BITSANDBYTES)
 
 
 def _table(rows: Sequence[Row], rates: Rates) -> list[str]:
-    peers = [name for name in _PEERS if any(name in row.peers for row in rows)]
+    peers = [name for name in ALL if any(name in row.peers for row in rows)]
     header = (*_HEADER, *(f"{name} / ours" for name in peers))
     return [_line(header), _line(["---"] * len(header)), *(_line(_cells(row, rates, peers)) for row in rows)]
 

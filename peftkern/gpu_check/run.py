@@ -113,7 +113,7 @@ def warm_up(share: str, items: Sequence[Item]) -> None:
 def time_items(items: Sequence[Item], bench: Bench, report: Report, limit: Limit, say: Callable[[str], None]) -> None:
     """Time item by item into ``report``, as long as the next one fits into the time; the others are named there."""
     for item in items:
-        if plan.expected_seconds(item, item.launches(), report.rates, len(bench.peers)) > limit.left():
+        if plan.expected_seconds(item, item.launches(), report.rates, bench.peers) > limit.left():
             report.skipped.append(item.title)
             continue
         try:

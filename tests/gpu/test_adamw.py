@@ -11,6 +11,7 @@ from gpu_cases import DEVICE, launched
 from same_bits import DTYPES, assert_same_bits
 from torch import Tensor
 
+from peftkern.backends.triton import adamw as kernels
 from peftkern.backends.triton import launch
 from peftkern.backends.triton.adamw import cell_edges
 from peftkern.formats import BitMask, random_mask
@@ -133,6 +134,12 @@ def test_shapes(bits: int, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bits", [32, 8])
 def test_rows_shorter_and_longer_than_a_program(bits: int, shape: tuple[int, ...], scale: str) -> None:
     assert_agrees(Update.make(shape, torch.bfloat16, bits=bits, scale=scale))
+
+
+@pytest.mark.parametrize("scale", ["rows", "mask"])
+def test_rows_that_are_counted_in_64_bits(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_WIDE_COLUMNS", 1)
+    assert_agrees(Update.make((7, 300), torch.bfloat16, scale=scale))
 
 
 @pytest.mark.parametrize("bits", [32, 8])

@@ -11,6 +11,7 @@ import torch
 
 from peftkern.backends.triton.crossover import Path
 from peftkern.gpu_check.items import Bench, Conversion, Gate, GatedBackward, Item, Kernels, Operation
+from peftkern.gpu_check.training_items import Importance, MaskedProduct, Selection, SparseProduct, Update
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import Group
 
@@ -41,6 +42,15 @@ ITEMS: list[Item] = [
     GatedBackward(replace(SUBJECT, group=Group((48,), 64)), 20),
     Conversion("quantize", "nf4", (16, 64), torch.bfloat16, "triton", True),
     Conversion("dequantize", "nf4", (16, 64), torch.bfloat16, "triton", True),
+    *(
+        kind((48, 64), 0.1, 20, torch.float32, way)
+        for kind in (SparseProduct, MaskedProduct)
+        for way in ("forward", "backward")
+    ),
+    *(Update((5, 250), bits, torch.bfloat16, kept) for bits in (32, 8) for kept in (None, 0.2)),
+    Selection((30, 10), 0.05, torch.bfloat16),
+    Selection((30, 10), 0.05, torch.float32, excluded=0.2),
+    *(Importance((30, 40), over, torch.bfloat16) for over in ("entries", "rows", "all")),
 ]
 
 

@@ -9,10 +9,17 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 
-from peftkern.backends.triton.specializations import TENSORS, Specialization, specializations
+from peftkern.backends.triton.specializations import (
+    ENTRIES,
+    ENTRY_VARIANTS,
+    TENSORS,
+    GateCase,
+    Specialization,
+    specializations,
+)
 
 ROUNDED = re.compile(r"\b(?:add|sub|mul|div|fma|rcp|ex2|lg2|sqrt|rsqrt)\.[.\w]*f32\w*")
-EXACT = re.compile(r"(?:add|sub|mul|div)\.rn\.f32(?:x2)?")
+EXACT = re.compile(r"(?:add|sub|mul|div|sqrt)\.rn\.f32(?:x2)?")
 
 
 def float_operations(specialization: Specialization, architecture: int, **options: Any) -> set[str]:
@@ -35,6 +42,15 @@ def test_quantize_and_dequantize_round_to_nearest_and_contract_nothing(architect
         assert operations, name
         assert inexact(operations) == set(), name
         assert ("div.rn.f32" in operations) == (": quantize" in name), name
+
+
+@pytest.mark.parametrize("architecture", [80, 120])
+def test_updates_scores_and_sums_round_to_nearest_and_contract_nothing(architecture: int) -> None:
+    cases = [case for case in (*ENTRIES, *ENTRY_VARIANTS) if not isinstance(case, GateCase)]
+    for one in specializations(architecture, [], cases):
+        operations = float_operations(one, architecture)
+        assert inexact(operations) == set(), one.name
+        assert ({"div.rn.f32", "sqrt.rn.f32"} <= operations) == one.kernel.startswith("adamw"), one.name
 
 
 def test_a_contraction_would_be_found() -> None:

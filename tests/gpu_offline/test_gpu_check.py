@@ -28,6 +28,14 @@ from peftkern.gpu_check.errors import CheckError
 from peftkern.gpu_check.items import Bench, Conversion, Gate, GatedBackward, Item, Kernels, Operation
 from peftkern.gpu_check.report import Report
 from peftkern.gpu_check.rows import Row
+from peftkern.gpu_check.training_items import (
+    Importance,
+    MaskedProduct,
+    Selection,
+    SparseProduct,
+    TrainingItem,
+    Update,
+)
 from peftkern.tune.operands import Subject
 from peftkern.tune.shapes import Group
 from peftkern.tune.timer import CudaTimer
@@ -139,7 +147,7 @@ def test_an_operation_is_compared_with_float64_and_timed_beside_its_peers(direct
     assert row.error is not None
     assert 0 < row.error <= 5e-6
     assert row.right
-    assert list(row.peers) == [peers.CUBLAS, peers.PEFT, peers.PEFT_BITSANDBYTES]
+    assert tuple(row.peers) == peers.OF_PRODUCTS
     assert (row.shape, row.tokens, row.seconds) == ("64+32x64", 8, 1e-3)
 
 
@@ -230,6 +238,72 @@ def test_conversions_are_compared_bit_by_bit(
     assert row.error is not None
     assert row.error > 0
     assert not row.right
+
+
+# ---- what sparse training runs
+
+_UPDATES = ((32, torch.float32), (32, torch.bfloat16), (8, torch.bfloat16))
+TRAINING = [
+    *(
+        kind((48, 64), 0.1, 8, torch.float32, way)
+        for kind in (SparseProduct, MaskedProduct)
+        for way in ("forward", "backward")
+    ),
+    *(Update((16, 256), bits, dtype, kept) for bits, dtype in _UPDATES for kept in (None, 0.2)),
+    Selection((30, 40), 0.05, torch.bfloat16),
+    Selection((30, 40), 0.05, torch.float32, excluded=0.2),
+    *(Importance((30, 40), over, torch.float32) for over in ("entries", "rows", "all")),
+]
+
+
+@pytest.mark.parametrize("item", TRAINING, ids=lambda item: item.title)
+def test_a_training_item_is_compared_and_timed_beside_its_peers(item: TrainingItem) -> None:
+    on_any_device = [name for name in item.peers if name != peers.BITSANDBYTES]
+    (row,) = item.rows(on_cpu(*on_any_device))
+    assert row.error is not None
+    assert row.right, row
+    assert list(row.peers) == on_any_device
+    assert row.moved > 0
+
+
+@pytest.mark.parametrize("item", TRAINING, ids=lambda item: item.title)
+def test_a_wrong_result_of_a_training_item_is_found(item: TrainingItem, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_run = type(item)._run
+
+    def spoilt(self: TrainingItem, operands: Any, backend: str) -> list[torch.Tensor]:
+        results = true_run(self, operands, "reference")
+        if backend == "cpu":
+            results[-1].view(-1)[-1:] += 1
+        return results
+
+    monkeypatch.setattr(type(item), "_run", spoilt)
+    (row,) = item.rows(Bench(OneCallEach(), "cpu", (), backend="cpu"))
+    assert not row.right
+
+
+@pytest.mark.parametrize("kind", [SparseProduct, MaskedProduct])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_peers_of_training_items_compute_the_same(kind: Any, direction: Any) -> None:
+    item = kind((48, 64), 0.3, 8, torch.float32, direction)
+    operands = item._make("cpu")
+    exact = item._exact(operands)
+    for name in item.peers:
+        found = item._peer(name, operands)()
+        found = [found] if isinstance(found, torch.Tensor) else list(found)
+        compared = list(zip(found, exact, strict=True))
+        if kind is SparseProduct and direction == "backward":
+            compared[1] = (found[1] * 2.0, exact[1])  # its scaling is none of the product's
+        if kind is MaskedProduct and name == peers.CUBLAS:
+            compared = compared[:1]  # nor is masking the gradient
+        assert all(torch.allclose(one.double(), other, atol=1e-4) for one, other in compared), name
+
+
+def test_the_peer_of_an_update_computes_the_same() -> None:
+    item = Update((16, 256), 32, torch.float32)
+    operands = item._make("cpu")
+    expected = item._exact(operands)[0]
+    item._peer(peers.TORCH, operands)()
+    torch.testing.assert_close(operands["parameter"], expected)
 
 
 # ---- the timer

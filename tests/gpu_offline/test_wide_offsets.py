@@ -10,6 +10,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from peftkern.backends.triton.specializations import (
+    ENTRIES,
+    ENTRY_VARIANTS,
     EVERY_TILE,
     TENSORS,
     VARIANTS,
@@ -44,8 +46,8 @@ def test_products(case: Recorded) -> None:
         assert narrow_products(one) == [], one.name
 
 
-@pytest.mark.parametrize("case", TENSORS, ids=lambda case: case.name)
-def test_quantize_and_dequantize(case: Recorded) -> None:
+@pytest.mark.parametrize("case", [*TENSORS, *ENTRIES, *ENTRY_VARIANTS], ids=lambda case: case.name)
+def test_entry_by_entry(case: Recorded) -> None:
     for one in specializations(90, [], [case]):
         assert narrow_products(one) == [], one.name
 

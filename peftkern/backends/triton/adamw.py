@@ -9,7 +9,6 @@ most one bound between codes lies, a table tells how many lie below the cell, an
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.quantize import magnitude_bits
-from peftkern.formats import BitMask, codebook
-from peftkern.ops.adamw import MOMENT_BLOCK_SIZE, Coefficients, Scale, moment_magnitudes
+from peftkern.formats import BitMask
+from peftkern.ops.adamw import MOMENT_BLOCK_SIZE, Coefficients, Scale, moment_magnitudes, moment_values
 
 _ELEMENTS = 1024
-_NUM_WARPS = 4
-"""Of a program: a warp has one block of 8-bit moments, a thread 16 bytes of a 16-bit parameter."""
+_NUM_WARPS = {32: 8, 8: 4}
+"""Of a program, by the bits of a moment: a thread has 16 bytes of a float32 moment, a warp one block of 8-bit ones."""
 
 _NUMBER, _ROWS, _BITS = 0, 1, 2
 NUMBER: tl.constexpr = tl.constexpr(_NUMBER)
@@ -37,6 +36,8 @@ _LAST_CELL = 127 << 7
 """The upper 16 bits of 2⁻²², below which there is one cell, and those of 1, the greatest magnitude."""
 LEAST_CELL: tl.constexpr = tl.constexpr(_LEAST_CELL)
 LAST_CELL: tl.constexpr = tl.constexpr(_LAST_CELL)
+_WIDE_COLUMNS = 1 << 30
+"""Of a row that is counted in 64 bits."""
 _FLOPS = 15
 """Of one entry."""
 
@@ -45,17 +46,31 @@ _FLOPS = 15
 
 
 @triton.jit
-def load_factor(number, scale, elements, present, columns, row_bytes, SCALE: tl.constexpr):
-    """What the update of each element is multiplied by, float32."""
+def load_factor(
+    number,
+    scale,
+    first_element,
+    present,
+    columns,
+    row_bytes,
+    SCALE: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
+):
+    """What the update of each element of a program is multiplied by, float32."""
     if SCALE == NUMBER:
-        factor = tl.full(elements.shape, number, tl.float32)
-    elif SCALE == ROWS:
-        factor = tl.load(scale + elements // columns, mask=present, other=0.0)
-    else:
-        column = elements % columns
-        bits = tl.load(scale + elements // columns * row_bytes + column // 8, mask=present, other=0).to(tl.int32)
-        factor = ((bits >> (column % 8).to(tl.int32)) & 1).to(tl.float32)
-    return factor
+        return tl.full(present.shape, number, tl.float32)
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        # counted from the beginning of a row, elements are divided in 32 bits, without a call and its registers
+        counted = first_element % columns + tl.arange(0, present.shape[0])
+        if not WIDE_ROWS:
+            counted = counted.to(tl.int32)
+        row = first_element // columns + counted // columns
+        if SCALE == ROWS:
+            return tl.load(scale + row, mask=present, other=0.0)
+        else:  # noqa: RET505
+            column = counted % columns
+            bits = tl.load(scale + row * row_bytes + column // 8, mask=present, other=0).to(tl.int32)
+            return ((bits >> (column % 8).to(tl.int32)) & 1).to(tl.float32)
 
 
 @triton.jit
@@ -103,11 +118,13 @@ def adamw_kernel(
     row_bytes,
     HAS_AGE: tl.constexpr,
     SCALE: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
 ):
-    elements = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    first_element = tl.program_id(0).to(tl.int64) * ELEMENTS
+    elements = first_element + tl.arange(0, ELEMENTS)
     present = elements < element_count
-    factor = load_factor(numbers[8], scale, elements, present, columns, row_bytes, SCALE)
+    factor = load_factor(numbers[8], scale, first_element, present, columns, row_bytes, SCALE, WIDE_ROWS)
     # what is frozen is not read either: where whole sectors are, they do not pass
     trained = present & (factor != 0)
 
@@ -197,6 +214,7 @@ def adamw_8bit_kernel(
     row_bytes,
     HAS_AGE: tl.constexpr,
     SCALE: tl.constexpr,
+    WIDE_ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -204,7 +222,7 @@ def adamw_8bit_kernel(
     first_element = tl.program_id(0).to(tl.int64) * ELEMENTS
     elements = first_element + tl.arange(0, ELEMENTS)
     present = elements < element_count
-    factor = load_factor(numbers[8], scale, elements, present, columns, row_bytes, SCALE)
+    factor = load_factor(numbers[8], scale, first_element, present, columns, row_bytes, SCALE, WIDE_ROWS)
     trained = present & (factor != 0)
     by_block = tl.reshape(trained.to(tl.int32), (ELEMENTS // BLOCK_SIZE, BLOCK_SIZE))
     trained_blocks = tl.max(by_block, axis=1) != 0
@@ -264,7 +282,7 @@ def adamw(
         exp_avg_sq,
         *common.arguments,
         traffic=common.traffic((values, exp_avg, exp_avg_sq), gradient),
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS[32],
         num_stages=1,
         **common.constants,
     )
@@ -299,7 +317,7 @@ def adamw_8bit(
         *zip(mean, square, strict=True),
         *common.arguments,
         traffic=common.traffic((values, state1, state2, absmax1, absmax2), gradient),
-        num_warps=_NUM_WARPS,
+        num_warps=_NUM_WARPS[8],
         num_stages=1,
         BLOCK_SIZE=MOMENT_BLOCK_SIZE,
         **common.constants,
@@ -321,6 +339,7 @@ class _Common(NamedTuple):
     def of(cls, parameter: Tensor, c: Coefficients, age: Tensor | None, scale: Scale) -> _Common:
         kind, number, scales = _scale_arguments(scale)
         rows = max(parameter.shape[0], 1) if parameter.dim() > 0 else 1
+        columns = parameter.numel() // rows
         row_bytes = scales.shape[1] if kind == _BITS and scales is not None else 0
         numbers = (c.lr, c.mean_weight, c.square_decay, c.square_weight, c.eps, c.decay)
         corrections = parameter if c.corrections is None else c.corrections
@@ -331,10 +350,11 @@ class _Common(NamedTuple):
             (*numbers, c.mean_correction, c.root_correction, number),
             corrections.shape[0] - 1 if age is not None else 0,
             parameter.numel(),
-            parameter.numel() // rows,
+            columns,
             row_bytes,
         )
-        constants = {"HAS_AGE": age is not None, "SCALE": kind, "ELEMENTS": _ELEMENTS}
+        wide = columns >= _WIDE_COLUMNS
+        constants = {"HAS_AGE": age is not None, "SCALE": kind, "WIDE_ROWS": wide, "ELEMENTS": _ELEMENTS}
         return cls(arguments, constants, age, scales, parameter.numel())
 
     def traffic(self, changed: tuple[Tensor, ...], gradient: Tensor) -> Traffic:
@@ -348,14 +368,14 @@ def _scale_arguments(scale: Scale) -> tuple[int, float, Tensor | None]:
         return _BITS, 1.0, scale.bits.contiguous()
     if isinstance(scale, Tensor):
         return _ROWS, 1.0, scale
-    return _NUMBER, 1.0 if scale is None else ctypes.c_float(scale).value, None
+    return _NUMBER, 1.0 if scale is None else float(scale), None
 
 
 @lru_cache(maxsize=8)
 def _moment_tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The values of codes, [256] float32; the bounds below each cell, uint8; the bounds and infinity, float32."""
     cpu = torch.device("cpu")
-    values = codebook("int8_blockwise" if signed else "uint8_blockwise", device)
+    values = moment_values(signed, device)
     bounds = moment_magnitudes(signed, cpu)[1]
     below = torch.bucketize(cell_edges()[:-1], bounds).to(torch.uint8)
     padded = torch.cat([bounds, torch.tensor([float("inf")])])

@@ -21,9 +21,13 @@ from peftkern.backends.triton.devices import DeviceKey, assumed
 from peftkern.backends.triton.launch import COMPILER_OPTIONS, Call, Launch, recording
 from peftkern.backends.triton.paths import FEW_TOKENS, Path
 from peftkern.backends.triton.weights import DENSE
-from peftkern.formats import SparseIndices
+from peftkern.formats import BitMask, SparseIndices
+from peftkern.formats.quantized_tensor import block_count
+from peftkern.ops.adamw import MOMENT_BLOCK_SIZE, coefficients_of
+from peftkern.ops.importance import KINDS
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.lora_linear_group import Member
+from peftkern.ops.select_top import PASSES, SCORES, Scored
 
 
 @dataclass(frozen=True)
@@ -286,8 +290,157 @@ TENSORS = (
 """What the kernels that quantize and dequantize are compiled for."""
 
 
+@dataclass(frozen=True)
+class MaskedCase:
+    """A weight under a bit mask."""
+
+    name: str
+    format: str | None = None  # None: dense
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, int] = (4096, 4096)
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.masked_dequantize import masked_dequantize
+
+        weight = _quantized(_empty(*self.shape, dtype=self.dtype), self.format)
+        with recording() as launches:
+            masked_dequantize(weight, _mask(self.shape), _empty(*self.shape, dtype=self.dtype))
+        return launches
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """The gate of a SwiGLU block, forward and backward."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.silu_mul import silu_mul, silu_mul_backward
+
+        gate = _empty(2048, 14336, dtype=self.dtype)
+        with recording() as launches:
+            silu_mul_backward(silu_mul(gate, gate), gate, gate, True, True)
+        return launches
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """An update by AdamW. ``scale``: ``"rows"``, ``"mask"`` or ``None``. ``aged``: entries have ages."""
+
+    name: str
+    bits: int
+    dtype: torch.dtype = torch.bfloat16
+    scale: str | None = None
+    aged: bool = False
+    shape: tuple[int, int] = (4096, 4096)
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.adamw import adamw, adamw_8bit
+
+        parameter = _empty(*self.shape, dtype=self.dtype)
+        age = _empty(*self.shape, dtype=torch.int32) if self.aged else None
+        coefficients, age = coefficients_of(parameter.device, 1e-4, (0.9, 0.999), 1e-8, 0.01, 3 if age is None else age)
+        scales = {"rows": _empty(self.shape[0], dtype=torch.float32), "mask": _mask(self.shape), None: None}
+        settings = (coefficients, age, scales[self.scale])
+        with recording() as launches:
+            if self.bits == 8:
+                codes = parameter.to(torch.uint8)
+                absmax = _empty(block_count(parameter.numel(), MOMENT_BLOCK_SIZE), dtype=torch.float32)
+                adamw_8bit(parameter, parameter, codes, codes, absmax, absmax, *settings)
+            else:
+                adamw(parameter, parameter, parameter.float(), parameter.float(), *settings)
+        return launches
+
+
+@dataclass(frozen=True)
+class SelectCase:
+    """The passes of a selection over one tensor, and what is made of the last one."""
+
+    name: str
+    score: str
+    dtype: torch.dtype = torch.bfloat16
+    elements: int = 1 << 24
+    excluded: int = 0
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.select_top import score_collect, score_histogram
+
+        a, other = _empty(self.elements, dtype=self.dtype), None
+        if SCORES[self.score]:
+            other = _empty(4096 if self.score == "outer" else self.elements, dtype=self.dtype)
+        exclude = _empty(self.excluded, dtype=torch.int64) if self.excluded else None
+        entry = Scored(self.score, a, other, exclude)
+        with recording() as launches:
+            for shift, bits in PASSES:
+                score_histogram(entry, shift, bits, 0)
+            score_collect(entry, 0, 0, 1000)
+        return launches
+
+
+@dataclass(frozen=True)
+class ImportanceCase:
+    """Sums of one kind: of entries, over rows, and over everything."""
+
+    name: str
+    kind: str
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, int] = (4096, 1 << 15)
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.importance import accumulate_importance, importance_dot
+
+        gradient = _empty(*self.shape, dtype=self.dtype)
+        other = gradient if KINDS[self.kind] else None
+        with recording() as launches:
+            for shape in (self.shape, self.shape[:1]):
+                accumulate_importance(_empty(*shape, dtype=torch.float32), gradient, self.kind, other)
+            if other is not None:
+                importance_dot(gradient, other)
+        return launches
+
+
+ENTRIES: tuple[Recorded, ...] = (
+    UpdateCase("AdamW", 32),
+    UpdateCase("8-bit AdamW", 8),
+    SelectCase("select by magnitude", "magnitude"),
+    ImportanceCase("importance, sum", "sum"),
+    MaskedCase("masked dense"),
+    GateCase("gate"),
+)
+"""Every kernel that works entry by entry."""
+
+ENTRY_VARIANTS: tuple[Recorded, ...] = (
+    UpdateCase("AdamW float32, rows, ages", 32, torch.float32, "rows", True),
+    UpdateCase("AdamW, mask, odd size", 32, scale="mask", shape=(1001, 1003)),
+    UpdateCase("AdamW beyond 2^31 elements", 32, scale="mask", aged=True, shape=(1 << 17, 1 << 15)),
+    UpdateCase("8-bit AdamW float32, rows, ages", 8, torch.float32, "rows", True),
+    UpdateCase("8-bit AdamW, mask, odd size", 8, scale="mask", shape=(1001, 1003)),
+    UpdateCase("8-bit AdamW beyond 2^31 elements", 8, scale="mask", shape=(1 << 17, 1 << 15)),
+    SelectCase("select by outer product", "outer", elements=1 << 14),
+    SelectCase("select by difference, excluding", "difference", torch.float32, excluded=1000),
+    SelectCase("select by product, odd size", "product", elements=1001),
+    SelectCase("select beyond 2^31 elements", "value", elements=1 << 32, excluded=1 << 20),
+    ImportanceCase("importance, square, float32", "square", torch.float32, (1001, 1003)),
+    ImportanceCase("importance, product", "product"),
+    ImportanceCase("importance beyond 2^31 elements", "product", shape=(1 << 17, 1 << 15)),
+    MaskedCase("masked nf4", "nf4"),
+    MaskedCase("masked int8, float32", "int8", torch.float32),
+    MaskedCase("masked dense, odd size", shape=(1001, 1003)),
+    GateCase("gate float32", torch.float32),
+)
+"""What else those are compiled for."""
+
+
 def specializations(
-    architecture: int, cases: Iterable[Recorded] = EVERY_TILE + VARIANTS, tensors: Iterable[Recorded] = TENSORS
+    architecture: int,
+    cases: Iterable[Recorded] = EVERY_TILE + VARIANTS,
+    tensors: Iterable[Recorded] = TENSORS + ENTRIES + ENTRY_VARIANTS,
 ) -> list[Specialization]:
     """What is compiled for ``cases`` and ``tensors`` on ``architecture``, 90 for sm_90; of equals the first."""
     device = DeviceKey(f"sm_{architecture}", divmod(architecture, 10), assumed=True)
@@ -325,13 +478,21 @@ def _member(case: Case) -> Member:
 
 
 def _weight(case: Case) -> Weight:
+    dense = _empty(case.out_features, case.in_features, dtype=case.dtype)
+    return _quantized(dense, case.format, case.double_quantization)
+
+
+def _quantized(dense: Tensor, format: str | None, double_quantization: bool = False) -> Weight:
     from peftkern.backends.triton.quantize import quantize
 
-    dense = _empty(case.out_features, case.in_features, dtype=case.dtype)
-    if case.format is None:
+    if format is None:
         return dense
     with recording():
-        return quantize(dense, case.format, 64, case.double_quantization)
+        return quantize(dense, format, 64, double_quantization)
+
+
+def _mask(shape: tuple[int, int]) -> BitMask:
+    return BitMask(_empty(shape[0], -(-shape[1] // 8), dtype=torch.uint8), torch.Size(shape))
 
 
 def _empty(*shape: Any, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from peftkern.backends.triton.specializations import (
+    ENTRIES,
+    ENTRY_VARIANTS,
     EVERY_TILE,
     TENSORS,
     VARIANTS,
@@ -108,7 +110,7 @@ def work_for(architecture: int) -> list[tuple[Specialization, int]]:
     tensor-core instruction and each limit of shared memory.
     """
     cases = EVERY_TILE + VARIANTS if architecture in _WITH_VARIANTS else EVERY_TILE
-    tensors = TENSORS if architecture in _WITH_VARIANTS else TENSORS[:1]
+    tensors = TENSORS + ENTRIES + ENTRY_VARIANTS if architecture in _WITH_VARIANTS else TENSORS[:1] + ENTRIES
     return [(one, architecture) for one in specializations(architecture, cases, tensors)]
 
 
