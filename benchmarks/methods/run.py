@@ -71,7 +71,7 @@ def command(run: Run, data: Path, output: Path, steps: int) -> list[str]:
         **({"method-options": run.options} if run.options else {}),
     }
     options = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    return ["peftkern", "finetune", str(smollm2_file()), *options]
+    return [str(Path(sys.executable).with_name("peftkern")), "finetune", str(smollm2_file()), *options]
 
 
 def row_of(name: str, run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:

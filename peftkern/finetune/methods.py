@@ -60,6 +60,13 @@ METHODS: Mapping[str, MethodEntry] = {
             trains_weights=True,
         ),
         MethodEntry(
+            "spdf",
+            "every weight that a static random mask keeps",
+            (MODEL,),
+            "peftkern.sparse.static_mask:StaticMask",
+            trains_weights=True,
+        ),
+        MethodEntry(
             "lt-sft",
             "the few entries of the weights that full fine-tuning moves most",
             (DELTA,),
