@@ -195,6 +195,11 @@ void sparse_product(const std::string& isa, int64_t tokens, const TokenRowsTuple
   p.gradients = reinterpret_cast<float*>(gradients);
   p.scaling = scaling;
   p.threads = threads;
+  // Tensors without memory of their own (meta tensors, wrapper subclasses) have address 0.
+  const bool has_result = p.target.data != nullptr || p.gradients != nullptr;
+  const bool lacks_pair = p.gradients != nullptr && p.pair.data == nullptr;
+  if (p.source.data == nullptr || p.values == nullptr || !has_result || lacks_pair)
+    throw std::invalid_argument("sparse_product: source, target, pair and values must have memory on the CPU");
   const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
   const py::gil_scoped_release release;
   cpu::run_sparse_product(kernels, p);

@@ -15,6 +15,7 @@ from lora_problem import TOLERANCE, relative_error
 from torch import Tensor
 
 from peftkern import ops
+from peftkern.backends import registry
 from peftkern.formats import QuantizedTensor, SparseIndices
 
 DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in TOLERANCE]
@@ -546,18 +547,38 @@ def test_meta_tensors_have_the_right_shape() -> None:
 def test_bit_equal_for_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
     if backend == "reference":
         pytest.skip("PyTorch's products may sum in another order")
-    problems = [make_problem((300, 200, 130), density, dtype=dtype, weight="nf4") for density in (0.002, 0.2)]
+    shapes = [((300, 200, 130), 0.002), ((300, 200, 130), 0.2), ((7, 300, 400), 0.3), ((1, 500, 700), 0.3)]
+    problems = [make_problem(shape, density, dtype=dtype, weight="nf4") for shape, density in shapes]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         expected = [problem.run(backend) for problem in problems]
-        for count in (2, 3):
+        for count in (2, 3, 7):
             torch.set_num_threads(count)
             for problem, single in zip(problems, expected, strict=True):
                 results = problem.run(backend)
                 assert all(torch.equal(results[name], single[name]) for name in single)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_gradients_of_many_entries_by_any_number_of_threads(backend: str) -> None:
+    """Blocks of tokens share sums where one for each would take more memory than the weight has."""
+    generator = torch.Generator().manual_seed(0)
+    indices = random_indices(1200, 1000, 0.9)
+    x, grad = torch.randn(100, 1000, generator=generator), torch.randn(100, 1200, generator=generator)
+    values, results = torch.randn(len(indices), generator=generator), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(
+                registry.run("sparse_delta_backward", grad, x, None, values, indices, 0.5, True, backend=backend)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert relative_error(results[0], 0.5 * indices.gather(grad.double().t() @ x.double())) <= TOLERANCE[torch.float32]
+    assert torch.equal(*results)
 
 
 # ---- checks

@@ -111,58 +111,54 @@ struct TokenTile {
   }
 };
 
-// Writes [features][width]; tokens that are not there are zeros.
+// kLanes tokens from `first` on to [features][width]; those that are not there are zeros.
 template <DType kType>
-static void turn_tile(const TokenTile& tile, int64_t width, float* out) {
-  for (int64_t first = 0; first < width; first += kLanes) {
-    Float r[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      r[lane] = zero();
-      if (first + lane >= tile.tokens) continue;
-      tile.prefetch(first + lane);
-      r[lane] = read_lanes<kType>(tile.rows.data, tile.index(first + lane), tile.features);
-    }
-    transpose_floats(r);
-    if (width >= kLanes) {
-      for (int64_t i = 0; i < tile.features; ++i) store(out + i * width + first, r[i]);
-      continue;
-    }
-    alignas(64) float values[kLanes];
-    for (int64_t i = 0; i < tile.features; ++i) {
-      store(values, r[i]);
-      std::memcpy(out + i * width, values, static_cast<size_t>(width) * sizeof(float));
-    }
+static void turn_tile(const TokenTile& tile, int64_t first, int64_t width, float* out) {
+  Float r[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    r[lane] = zero();
+    if (first + lane >= tile.tokens) continue;
+    tile.prefetch(first + lane);
+    r[lane] = read_lanes<kType>(tile.rows.data, tile.index(first + lane), tile.features);
+  }
+  transpose_floats(r);
+  if (width >= kLanes) {
+    for (int64_t i = 0; i < tile.features; ++i) store(out + i * width + first, r[i]);
+    return;
+  }
+  alignas(64) float values[kLanes];
+  for (int64_t i = 0; i < tile.features; ++i) {
+    store(values, r[i]);
+    std::memcpy(out + i * width, values, static_cast<size_t>(width) * sizeof(float));
   }
 }
 
-static void turn_tile(const TokenTile& tile, int64_t width, float* out) {
-  if (tile.rows.dtype == DType::float32) return turn_tile<DType::float32>(tile, width, out);
-  if (tile.rows.dtype == DType::bfloat16) return turn_tile<DType::bfloat16>(tile, width, out);
-  return turn_tile<DType::float16>(tile, width, out);
+static void turn_tile(const TokenTile& tile, int64_t first, int64_t width, float* out) {
+  if (tile.rows.dtype == DType::float32) return turn_tile<DType::float32>(tile, first, width, out);
+  if (tile.rows.dtype == DType::bfloat16) return turn_tile<DType::bfloat16>(tile, first, width, out);
+  return turn_tile<DType::float16>(tile, first, width, out);
 }
 
-// tile += scaling * sums, [kLanes][width] with kLanes floats behind.
+// tile += scaling * sums for kLanes tokens from `first` on; sums is [kLanes][width] with kLanes floats behind.
 template <DType kType>
-static void add_turned(const TokenTile& tile, int64_t width, float scaling, const float* sums) {
+static void add_turned(const TokenTile& tile, int64_t first, int64_t width, float scaling, const float* sums) {
   const Float factor = broadcast(scaling);
-  for (int64_t first = 0; first < tile.tokens; first += kLanes) {
-    Float r[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) r[i] = load(sums + i * width + first);
-    transpose_floats(r);
-    const int64_t lanes = minimum(kLanes, tile.tokens - first);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t index = tile.index(first + lane);
-      tile.prefetch(first + lane);
-      const Float before = read_lanes<kType>(tile.rows.data, index, tile.features);
-      write_lanes<kType>(tile.rows.data, index, tile.features, fma(factor, r[lane], before));
-    }
+  Float r[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) r[i] = load(sums + i * width + first);
+  transpose_floats(r);
+  const int64_t lanes = minimum(kLanes, tile.tokens - first);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const int64_t index = tile.index(first + lane);
+    tile.prefetch(first + lane);
+    const Float before = read_lanes<kType>(tile.rows.data, index, tile.features);
+    write_lanes<kType>(tile.rows.data, index, tile.features, fma(factor, r[lane], before));
   }
 }
 
-static void add_turned(const TokenTile& tile, int64_t width, float scaling, const float* sums) {
-  if (tile.rows.dtype == DType::float32) return add_turned<DType::float32>(tile, width, scaling, sums);
-  if (tile.rows.dtype == DType::bfloat16) return add_turned<DType::bfloat16>(tile, width, scaling, sums);
-  return add_turned<DType::float16>(tile, width, scaling, sums);
+static void add_turned(const TokenTile& tile, int64_t first, int64_t width, float scaling, const float* sums) {
+  if (tile.rows.dtype == DType::float32) return add_turned<DType::float32>(tile, first, width, scaling, sums);
+  if (tile.rows.dtype == DType::bfloat16) return add_turned<DType::bfloat16>(tile, first, width, scaling, sums);
+  return add_turned<DType::float16>(tile, first, width, scaling, sums);
 }
 
 static TokenTile token_tile(const SparseProduct& p, const TokenRows& rows, int64_t features, int64_t block,
@@ -173,13 +169,15 @@ static TokenTile token_tile(const SparseProduct& p, const TokenRows& rows, int64
 
 // ---- panels
 
+// A vector of tokens at a time: more rows at once are more than the processor reads ahead.
 static void fill_panel(const SparseProduct& p, int64_t block, float* panel) {
   const int64_t width = sparse_block_tokens(p);
-  for (int64_t feature = 0; feature < p.source_features; feature += kLanes) {
-    const TokenTile tile = token_tile(p, p.source, p.source_features, block, feature);
-    if (p.source_offsets[feature] == p.source_offsets[feature + tile.features]) continue;  // nobody reads it
-    turn_tile(tile, width, panel + feature * width);
-  }
+  for (int64_t first = 0; first < width; first += kLanes)
+    for (int64_t feature = 0; feature < p.source_features; feature += kLanes) {
+      const TokenTile tile = token_tile(p, p.source, p.source_features, block, feature);
+      if (p.source_offsets[feature] == p.source_offsets[feature + tile.features]) continue;  // nobody reads it
+      turn_tile(tile, first, width, panel + feature * width);
+    }
 }
 
 // ---- products
@@ -271,23 +269,33 @@ struct SparseTask {
   bool accumulate;
 };
 
+// Features that are turned together, so that rows are read in longer pieces.
+constexpr int64_t kGroupFeatures = 4 * kLanes;
+
 template <class Block, bool kTarget, bool kPair>
 static void sparse_block(const SparseProduct& p, const SparseScratch& scratch, const SparseTask& task) {
   constexpr int64_t kWidth = Block::kCount * Block::kElements;
-  alignas(64) float sums[kLanes * kWidth + kLanes] = {}, pair[kLanes * kWidth];
+  alignas(64) float sums[kGroupFeatures * kWidth + kLanes] = {}, pair[kGroupFeatures * kWidth];
   const int64_t first_entry = p.offsets[task.begin];
   EntrySums<Block> entry_sums(kPair ? scratch.sums + first_entry : nullptr, task.accumulate);
   const float* values = p.order == nullptr ? p.values + first_entry : scratch.values;
-  for (int64_t feature = task.begin; feature < task.end; feature += kLanes) {
-    const int64_t features = minimum(kLanes, p.features - feature);
+  for (int64_t feature = task.begin; feature < task.end; feature += kGroupFeatures) {
+    const int64_t features = minimum(kGroupFeatures, task.end - feature);
     if (p.offsets[feature] == p.offsets[feature + features]) continue;
-    if (kPair) turn_tile(token_tile(p, p.pair, p.features, task.block, feature), kWidth, pair);
+    if (kPair)
+      for (int64_t first = 0; first < kWidth; first += kLanes)
+        for (int64_t i = 0; i < features; i += kLanes)
+          turn_tile(token_tile(p, p.pair, p.features, task.block, feature + i), first, kWidth, pair + i * kWidth);
     for (int64_t i = 0; i < features; ++i) {
       const int64_t entry = p.offsets[feature + i], count = p.offsets[feature + i + 1] - entry;
       const EntryRange entries = {count, p.others + entry, values + (entry - first_entry)};
       sparse_feature<Block, kTarget, kPair>(entries, scratch.panel, sums + i * kWidth, pair + i * kWidth, entry_sums);
     }
-    if (kTarget) add_turned(token_tile(p, p.target, p.features, task.block, feature), kWidth, p.scaling, sums);
+    if (kTarget)
+      for (int64_t first = 0; first < minimum(kWidth, p.tokens - task.block * kWidth); first += kLanes)
+        for (int64_t i = 0; i < features; i += kLanes)
+          add_turned(token_tile(p, p.target, p.features, task.block, feature + i), first, kWidth, p.scaling,
+                     sums + i * kWidth);
   }
   if (kPair) entry_sums.finish();
 }
