@@ -372,8 +372,9 @@ def test_a_tensor_kept_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = our_layer(SMALL, BFLOAT16)
     before = saved_bytes(count_step(layer, SMALL))
 
-    def keeping_the_product(gate: Tensor, up: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return ops.lora_linear(ops.silu_mul(gate, up), *rest, **options)
+    def keeping_the_product(gate: Tensor, up: Tensor, *rest: Any, values: Any, backend: Any, **_deltas: Any) -> Tensor:
+        assert values == []  # no sparse deltas
+        return ops.lora_linear(ops.silu_mul(gate, up), *rest, backend=backend)
 
     monkeypatch.setattr(fused, "gated_lora_linear", keeping_the_product)
     assert saved_bytes(count_step(layer, SMALL)) == before + 2 * TOKENS * SMALL.intermediate_size
