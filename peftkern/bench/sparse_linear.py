@@ -12,6 +12,7 @@ Memory is what one forward and backward needs beside its inputs, y and dX.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import registry
-from peftkern.bench import memory, peers
+from peftkern.bench import fresh_process, memory, peers
 from peftkern.bench.case import Case, Effort, Measurement
 from peftkern.bench.errors import DisagreementError
+from peftkern.bench.registry import ALLOCATOR_TUNED
 from peftkern.bench.result import Quantity
 from peftkern.formats import SparseIndices
 
@@ -160,27 +162,42 @@ def _check_dense(layer: Layer, dense: DenseForm) -> None:
     _check(layer, run)
 
 
-def measure_memory(layer: Layer) -> Measurement:
-    """Peak of resident memory beside what was there before, ours and the dense form's, in this process.
+def measure_memory(density: float, size: int = SIZE, tokens: int = TOKENS) -> Measurement:
+    """Peak of resident memory beside what was there before, ours and the dense form's, each in a fresh process.
 
-    It has to be measured first: what a side has freed may stay resident, and would be missing from its peak.
+    Freed memory is returned there: what setting up has freed would otherwise be taken again, and not be seen.
 
     Raises:
         DisagreementError: ours is as large as a buffer [out, in], of which there should be none.
         BenchError: this system does not tell or reset the peak.
     """
+    extra = {}
+    for side in ("ours", "peer"):
+        arguments = {"side": side, "density": density, "size": size, "tokens": tokens}
+        function = "peftkern.bench.sparse_linear:extra_memory"
+        extra[side] = float(fresh_process.call(function, arguments, memory.FREED_MEMORY_RETURNED))
+    buffer = 4 * size * size / 1e6
+    if extra["ours"] >= buffer:
+        raise DisagreementError(f"ours takes {extra['ours']:.1f} MB, as much as a buffer [out, in], {buffer:.1f} MB")
+    text = (
+        f"peak of extra memory ([out, in] has {buffer:.1f} MB), {round(density * size * size):,} entries | dense form"
+    )
+    return Measurement(text, "MB", Quantity.MEMORY, [extra["ours"]], [extra["peer"]])
+
+
+def extra_memory(side: str, density: float, size: int, tokens: int) -> float:
+    """Of one side, in MB. Runs in a fresh process."""
+    small = setup_layer(0.1, size=64, tokens=8)
+    _side(side, small)()  # loads the code
+    function = _side(side, setup_layer(density, size, tokens))
+    return _extra_megabytes(function)
+
+
+def _side(side: str, layer: Layer) -> Callable[[], object]:
+    if side == "peer":
+        return DenseForm(layer, layer.indices.flat()).run
     y, grad_x = torch.zeros_like(layer.grad), torch.zeros_like(layer.x)
-    dense = DenseForm(layer, layer.indices.flat())
-    small = setup_layer(0.1, size=64, tokens=8)  # loads what code both sides need
-    run_ours(small, torch.zeros(8, 64), torch.zeros(8, 64))
-    DenseForm(small, small.indices.flat()).run()
-    ours = _extra_megabytes(lambda: run_ours(layer, y, grad_x))
-    theirs = _extra_megabytes(dense.run)
-    buffer = layer.weight.nbytes / 1e6
-    if ours >= buffer:
-        raise DisagreementError(f"ours takes {ours:.1f} MB, as much as a buffer [out, in], {buffer:.1f} MB")
-    text = f"peak of extra memory ([out, in] has {buffer:.1f} MB), {len(layer.indices):,} entries | dense form"
-    return Measurement(text, "MB", Quantity.MEMORY, [ours], [theirs])
+    return lambda: run_ours(layer, y, grad_x)
 
 
 def _extra_megabytes(function: Callable[[], object]) -> float:
@@ -193,8 +210,9 @@ def _extra_megabytes(function: Callable[[], object]) -> float:
 
 
 def _cases(density: float) -> Iterator[Case | Measurement]:
+    if not os.environ.keys() & ALLOCATOR_TUNED.environment.keys():  # once: it has processes of its own
+        yield measure_memory(density)
     layer = setup_layer(density)
-    yield measure_memory(layer)
     yield setup_case(layer, "dense form")
     yield setup_case(layer, "torch.sparse")
 
