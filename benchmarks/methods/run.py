@@ -29,6 +29,7 @@ class Run:
     remark: str = ""
     options: str = ""
     quantization: str = "nf4"
+    targets: str = "all-linear"
     recipe: bool = False
 
 
@@ -40,9 +41,9 @@ RUNS: Mapping[str, Run] = {
     "cofitune": Run("cofitune", 1e-4, "dense base; up and down of the second quarter of layers", quantization="none"),
     "spdf": Run("spdf", 1e-3, "dense base, half of the linear weights zero", "sparsity=0.5", "none"),
     "lt-sft": Run("lt-sft", 5e-5, "dense base; 0.5% of the linear weights", "density=0.005,full_share=0.5", "none"),
-    "spiel": Run("spiel", 1e-3, "NF4 base; 0.5% of the linear weights", "density=0.005"),
+    "spiel": Run("spiel", 1e-3, "NF4 base; 0.5% of the linear weights", "density=0.005,period=8,window=3"),
     "rosa": Run("rosa", 5e-4, "NF4 base; r=16 and 0.3%", "density=0.003"),
-    "dsee": Run("dsee", 5e-4, "NF4 base; r=16 and a fixed index set"),
+    "dsee": Run("dsee", 5e-4, "NF4 base; r=16 and 16 entries on q and v; pruned half-way", targets="q_proj,v_proj"),
     "skill-grafting": Run("skill-grafting", 0.0, "0.1% of the changes of `full`", recipe=True),
     "freeze-as-guard": Run("freeze-as-guard", 0.0, "dense base; guards against docstrings", recipe=True),
     "d-pruner": Run("d-pruner", 0.0, "dense base; a tenth of the linear weights dropped, not trained", recipe=True),
@@ -62,6 +63,7 @@ def command(run: Run, data: Path, output: Path, steps: int) -> list[str]:
         "eval-data": data / "held_out.jsonl",
         "output": output,
         "quantization": run.quantization,
+        "target-modules": run.targets,
         "learning-rate": run.learning_rate,
         "max-steps": steps,
         "batch-size": BATCH_SIZE,
@@ -113,7 +115,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the table and what the runs write.")] = Path(
         "methods-output"
     ),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 40,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each method.")] = 24,
 ) -> None:
     """Run methods on SmolLM2-135M and write a table of them."""
     console = Console()
