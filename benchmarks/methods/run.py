@@ -40,7 +40,7 @@ RUNS: Mapping[str, Run] = {
     "hft-frozen": Run("hft", 5e-5, "dense base; embedding frozen", "embeddings=freeze", "none"),
     "cofitune": Run("cofitune", 1e-4, "dense base; up and down of the second quarter of layers", quantization="none"),
     "spdf": Run("spdf", 1e-3, "dense base, half of the linear weights zero", "sparsity=0.5", "none"),
-    "lt-sft": Run("lt-sft", 5e-5, "dense base; 0.5% of the linear weights", "density=0.005,full_share=0.5", "none"),
+    "lt-sft": Run("lt-sft", 5e-4, "dense base; 0.5% of the linear weights", "density=0.005,full_share=0.5", "none"),
     "spiel": Run("spiel", 1e-3, "NF4 base; 0.5% of the linear weights", "density=0.005,period=8,window=3"),
     "rosa": Run("rosa", 5e-4, "NF4 base; r=16 and 0.3%", "density=0.003"),
     "dsee": Run("dsee", 5e-4, "NF4 base; r=16 and 16 entries on q and v; pruned half-way", targets="q_proj,v_proj"),
@@ -49,7 +49,7 @@ RUNS: Mapping[str, Run] = {
     "d-pruner": Run("d-pruner", 0.0, "dense base; a tenth of the linear weights dropped, not trained", recipe=True),
 }
 
-COLUMNS = ("method", "held-out loss", "trained", "s / step", "peak MB", "")
+COLUMNS = ("method", "held-out loss before", "after", "trained", "s / step", "peak MB", "")
 
 
 def command(run: Run, data: Path, output: Path, steps: int) -> list[str]:
@@ -92,7 +92,7 @@ def row_of(name: str, run: Run, summary: Mapping[str, Any]) -> dict[str, Any]:
 def table(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     """The rows in Markdown."""
     lines = [
-        f"{steps} steps of batch {BATCH_SIZE}; held-out loss before training: {rows[0]['before']:.4f}",
+        f"{steps} steps of batch {BATCH_SIZE}",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -100,6 +100,7 @@ def table(rows: Sequence[Mapping[str, Any]], steps: int) -> str:
     for row in rows:
         cells = (
             f"`{row['method']}`",
+            f"{row['before']:.4f}",
             f"{row['after']:.4f}",
             f"{row['trained']:,}",
             f"{row['seconds_per_step']:.2f}",
