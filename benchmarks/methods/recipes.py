@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from run import BATCH_SIZE, MAX_LENGTH
 from transformers import AutoModelForCausalLM
 
 from peftkern import sparse
@@ -29,7 +30,6 @@ from peftkern.optim import AdamW
 from peftkern.select import FreezeAsGuard
 from peftkern.select.method import Method
 
-BATCH_SIZE, MAX_LENGTH = 4, 256
 Batch = Mapping[str, Any]
 
 

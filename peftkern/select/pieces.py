@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import nn
@@ -69,3 +70,18 @@ def give_back(model: nn.Module, pieces: Iterable[Piece], asked: Mapping[str, boo
         unslice(model.get_submodule(name))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(asked[name])
+
+
+@contextmanager
+def probing(model: nn.Module, training: bool) -> Iterator[None]:
+    """No parameter of ``model`` asks for a gradient, and all of it is in training or evaluation mode, for a while."""
+    modes = [(module, module.training) for module in model.modules()]
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.train(training).requires_grad_(False)
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, wanted in asked:
+            parameter.requires_grad_(wanted)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from peftkern.nn.row_sliced_linear import Range
 from peftkern.ops.importance import accumulate_importance_
 from peftkern.select.parts import Matrix, config_of, find_parts, heads_of, row_count
+from peftkern.select.pieces import probing
 
 HEADS, UP, DOWN = "heads", "up", "down"
 _UNITS = {"o": HEADS, "up": UP, "down": DOWN}
@@ -133,7 +134,7 @@ def measure_importance(
     device = next(model.parameters()).device
     tokens = 0
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), _quiet(model, training=objective == "kl"):
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), probing(model, training=objective == "kl"):
         torch.manual_seed(seed)
         for batch in data:
             moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in batch.items()}
@@ -286,18 +287,3 @@ class _Mask(torch.autograd.Function):
 
 
 _apply_mask = cast(Callable[..., Tensor], _Mask.apply)
-
-
-@contextlib.contextmanager
-def _quiet(model: nn.Module, training: bool) -> Iterator[None]:
-    """No parameter of ``model`` asks for a gradient, and all of it is in training or evaluation mode, for a while."""
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.train(training).requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, wanted in asked:
-            parameter.requires_grad_(wanted)

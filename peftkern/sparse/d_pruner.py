@@ -31,6 +31,7 @@ from peftkern.formats import BitMask, QuantizedTensor, largest_mask
 from peftkern.formats.bit_mask import complement, kept_count
 from peftkern.nn.masked_linear import masked_weight
 from peftkern.ops.dequantize import dequantize
+from peftkern.select.pieces import probing
 from peftkern.sparse.layers import base_layer, linear_layers
 from peftkern.sparse.masking import check_maskable, mask_layers, release_masks
 
@@ -230,7 +231,7 @@ class DPruner:
             else:
                 grams[name] = rows.t() @ rows
 
-        with _evaluating(self.model), _hooked(layers, lambda name, x, y: add(name, x)):
+        with probing(self.model, training=False), _hooked(layers, lambda name, x, y: add(name, x)):
             for batch in batches:
                 kept = _kept_tokens(batch)
                 self.model(**batch)
@@ -240,7 +241,7 @@ class DPruner:
         """Σ over batches of `dual_importance`, float32, by name of the layer."""
         scores: dict[str, Tensor] = {}
         gradients = _Gradients(lambda name, gradient: self._add_score(scores, name, gradient))
-        with _evaluating(self.model), _hooked(layers, gradients.watch), torch.enable_grad():
+        with probing(self.model, training=False), _hooked(layers, gradients.watch), torch.enable_grad():
             for batch in batches:
                 loss: Tensor | None = getattr(self.model(**batch), "loss", None)
                 if loss is None:
@@ -367,20 +368,3 @@ def _hooked(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor, Tensor]
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(hook_of(name)).remove)
         yield
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In this context the model is in evaluation mode and none of its parameters asks for a gradient."""
-    modes = [(module, module.training) for module in model.modules()]
-    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in asked:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in asked:
-            parameter.requires_grad_(flag)
