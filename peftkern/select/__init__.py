@@ -8,21 +8,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.cofitune_search import cofitune_search as cofitune_search
+    from peftkern.select.cost_graph import CostGraph as CostGraph
+    from peftkern.select.cost_graph import Segment as Segment
+    from peftkern.select.cost_graph import TensorCost as TensorCost
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
     from peftkern.select.freeze_as_guard import FreezeGuard as FreezeGuard
     from peftkern.select.freeze_as_guard import apply_guard as apply_guard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
     from peftkern.select.method import Method as Method
+    from peftkern.select.selection import Selection as Selection
     from peftkern.select.unit_importance import UnitImportance as UnitImportance
     from peftkern.select.unit_importance import measure_importance as measure_importance
 
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
+    "CostGraph": "peftkern.select.cost_graph",
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "FreezeGuard": "peftkern.select.freeze_as_guard",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "Method": "peftkern.select.method",
+    "Segment": "peftkern.select.cost_graph",
+    "Selection": "peftkern.select.selection",
+    "TensorCost": "peftkern.select.cost_graph",
     "UnitImportance": "peftkern.select.unit_importance",
     "apply_guard": "peftkern.select.freeze_as_guard",
     "cofitune_search": "peftkern.select.cofitune_search",
