@@ -3,10 +3,10 @@
     backward(S) = Σ over t in S of t.cost  +  Σ over segments that a tensor of S needs, directly or not, of segment.cost
     step(S)     = forward + backward(S)
 
-A *segment* is a group of operators that hand the error on and run for the same tensors: all of them or none. It needs the
-segments nearer to the loss that its error comes from. Projections of queries, keys and values are three segments side by
-side; residual connections, tied embeddings (a tensor with two segments), an encoder beside a decoder, and what gradient
-checkpointing computes again (a segment that everything in its region needs) are all of this form.
+A *segment* is a group of operators that hand the error on and run for the same tensors: all of them or none. It needs
+the segments nearer to the loss that its error comes from. Projections of queries, keys and values are three segments
+side by side; residual connections, tied embeddings (a tensor with two segments), an encoder beside a decoder, and what
+gradient checkpointing computes again (a segment that everything in its region needs) are all of this form.
 
 Source: GreenTrainer, Huang et al. 2024 (arXiv:2309.13192), section 3: there the segments form one chain.
 """

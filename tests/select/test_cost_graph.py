@@ -9,7 +9,7 @@ import pytest
 from peftkern.select.cost_graph import CostGraph, Segment, TensorCost
 from peftkern.select.selection import Selection
 
-# The chain of the paper, index 0 nearest to the loss: the error passes through the operator of a tensor that is trained.
+# The chain of the paper, index 0 nearest to the loss: a tensor needs the error through its own operator as well.
 CHAIN = CostGraph(
     "flops",
     12.0,
