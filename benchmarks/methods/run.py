@@ -14,10 +14,11 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from peftkern.demo.demonstration import docstring_data
+from peftkern.finetune.docstrings import docstring_data
 from peftkern.finetune.gguf import smollm2_file
 
 BATCH_SIZE, MAX_LENGTH = 4, 256
+TRAIN, HELD_OUT = 320, 32
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def main(
     unknown = [name for name in names or () if name not in RUNS]
     if unknown:
         raise typer.BadParameter(f"unknown: {', '.join(unknown)}; there are {', '.join(RUNS)}")
-    data, results = docstring_data(), output / "methods.json"
+    data, results = docstring_data(TRAIN, HELD_OUT), output / "methods.json"
     output.mkdir(parents=True, exist_ok=True)
     rows = {row["method"]: row for row in json.loads(results.read_text())} if results.is_file() else {}
     for name in track(names or list(RUNS), "methods", console=console):

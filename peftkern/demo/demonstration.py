@@ -5,10 +5,7 @@ It is an ordinary run of :mod:`peftkern.finetune.run` on data that it collects, 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +13,22 @@ from typing import Any
 from rich.console import Console
 
 from peftkern.demo.compare import Comparison, compare_with_peer
-from peftkern.demo.docstrings import Pair, choose_varied, collect_pairs, split_by_module, standard_library
 from peftkern.finetune import run
-from peftkern.finetune.cache import cached
 from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune.docstrings import HELD_OUT_FILE, TRAIN_FILE, docstring_data
 from peftkern.finetune.encoding import IGNORED, Example
-from peftkern.finetune.errors import InputError
 from peftkern.finetune.gguf import smollm2_file, smollm2_folder
 from peftkern.finetune.modeling import padding_token
 
-INSTRUCTION = "Write the first line of the docstring of this Python function."
 STEPS = 40
 BATCH_SIZE = 8
-HELD_OUT_SHARE = 0.2  # of the modules
 HELD_OUT_PAIRS = 32
 SAMPLES = 3
 TIMED_STEPS = 3
 MEMORY_BEFORE_SECONDS = 360
 """Measuring memory takes one to two minutes; a machine that is slower than this leaves it out, to end within eight."""
 
-_DATA_VERSION = 1
 _LONGEST_ANSWER = 32  # tokens
-_TRAIN_FILE, _HELD_OUT_FILE = "train.jsonl", "held_out.jsonl"
 
 
 @dataclass(frozen=True)
@@ -86,11 +77,12 @@ def demonstrate(output: Path, steps: int, compare: bool, resume: bool, console: 
 
 def make_config(output: Path, steps: int, resume: bool) -> FinetuneConfig:
     """The settings of the demonstration; collects its data, or finds them in the cache."""
-    model, data = smollm2_file(), docstring_data()
+    # as many as the steps take: batches are grouped by length over the whole file, so a part of it would be biased
+    model, data = smollm2_file(), docstring_data(STEPS * BATCH_SIZE, HELD_OUT_PAIRS)
     return FinetuneConfig(
         model=str(model),
-        data=str(data / _TRAIN_FILE),
-        eval_data=str(data / _HELD_OUT_FILE),
+        data=str(data / TRAIN_FILE),
+        eval_data=str(data / HELD_OUT_FILE),
         output=str(output),
         overwrite=not resume and _is_earlier_run(output),
         resume=resume,
@@ -111,45 +103,6 @@ def make_config(output: Path, steps: int, resume: bool) -> FinetuneConfig:
 
 def _is_earlier_run(output: Path) -> bool:
     return any((output / name).exists() for name in ("summary.json", "demo.json", "checkpoints"))
-
-
-# ---- data
-
-
-def docstring_data() -> Path:
-    """A folder with ``train.jsonl`` and ``held_out.jsonl``: chats that ask for a docstring line. Cached.
-
-    Raises:
-        InputError: Python's standard library is not on this machine as source.
-    """
-    folder = standard_library()
-    key = hashlib.sha256(f"{_DATA_VERSION} {folder}".encode()).hexdigest()[:8]
-    return cached(f"docstrings-python-{platform.python_version()}-{key}", lambda target: _write_data(folder, target))
-
-
-def _write_data(library: Path, target: Path) -> None:
-    train, held_out = split_by_module(collect_pairs(library), HELD_OUT_SHARE)
-    if not train or not held_out:
-        raise InputError(
-            f"there are no functions with docstrings in {library}; the demo learns from Python's own source"
-        )
-    # as many as the steps take: batches are grouped by length over the whole file, so a part of it would be biased
-    _write_chats(target / _TRAIN_FILE, choose_varied(train, STEPS * BATCH_SIZE))
-    _write_chats(target / _HELD_OUT_FILE, choose_varied(held_out, HELD_OUT_PAIRS))
-
-
-def _write_chats(path: Path, pairs: Sequence[Pair]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for pair in pairs:
-            file.write(json.dumps({"messages": _chat(pair), "module": pair.module}) + "\n")
-
-
-def _chat(pair: Pair) -> list[dict[str, str]]:
-    return [
-        {"role": "system", "content": INSTRUCTION},
-        {"role": "user", "content": pair.source},
-        {"role": "assistant", "content": pair.summary},
-    ]
 
 
 # ---- samples

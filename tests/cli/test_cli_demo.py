@@ -15,7 +15,8 @@ from peftkern.bench import memory, step
 from peftkern.bench.case import Case, Effort, Measurement
 from peftkern.bench.errors import DisagreementError
 from peftkern.bench.result import Quantity
-from peftkern.demo import compare, demonstration, docstrings
+from peftkern.demo import compare, demonstration
+from peftkern.finetune import docstrings
 from peftkern.finetune.errors import InputError
 
 FUNCTION = '''
@@ -33,7 +34,7 @@ def tiny_demo(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for module in range(12):
         numbers = range(4 * module, 4 * module + 4)
         (library / f"module{module}.py").write_text("".join(FUNCTION.format(n=n) for n in numbers))
-    monkeypatch.setattr(demonstration, "standard_library", lambda: library)
+    monkeypatch.setattr(docstrings, "standard_library", lambda: library)
     monkeypatch.setattr(demonstration, "smollm2_file", lambda: model_folder)
     monkeypatch.setattr(demonstration, "smollm2_folder", lambda: model_folder)
 
@@ -81,13 +82,13 @@ def test_somebody_elses_folder_is_not_taken(command: Command, tiny_demo: None, t
 
 
 def test_data_are_made_once_and_split_by_module(tiny_demo: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = demonstration.docstring_data()
+    folder = docstrings.docstring_data(8, 4)
 
     def refuse(_folder: Path) -> list[docstrings.Pair]:
         raise AssertionError("collected again")
 
-    monkeypatch.setattr(demonstration, "collect_pairs", refuse)
-    assert demonstration.docstring_data() == folder
+    monkeypatch.setattr(docstrings, "collect_pairs", refuse)
+    assert docstrings.docstring_data(8, 4) == folder
     train, held_out = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("train.jsonl", "held_out.jsonl")
@@ -99,9 +100,9 @@ def test_data_are_made_once_and_split_by_module(tiny_demo: None, monkeypatch: py
 
 
 def test_a_machine_without_python_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demonstration, "standard_library", lambda: tmp_path / "nothing")
+    monkeypatch.setattr(docstrings, "standard_library", lambda: tmp_path / "nothing")
     with pytest.raises(InputError, match="there are no functions with docstrings in"):
-        demonstration.docstring_data()
+        docstrings.docstring_data(8, 4)
 
 
 # ---- the comparison

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.demo.docstrings import Pair, choose_varied, collect_pairs, split_by_module
+from peftkern.finetune.docstrings import Pair, choose_varied, collect_pairs, split_by_module
 
 SOURCE = '''
 def add(a, b):

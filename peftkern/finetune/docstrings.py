@@ -5,12 +5,22 @@ from __future__ import annotations
 import ast
 import hashlib
 import itertools
+import json
+import platform
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftkern.finetune.cache import cached
+from peftkern.finetune.errors import InputError
+
+INSTRUCTION = "Write the first line of the docstring of this Python function."
+HELD_OUT_SHARE = 0.2  # of the modules
+TRAIN_FILE, HELD_OUT_FILE = "train.jsonl", "held_out.jsonl"
+
+_DATA_VERSION = 1
 _SHORTEST_LINE, _LONGEST_LINE = 20, 90  # characters: below is no description, above is no one-liner
 _LONGEST_SOURCE = 400  # so that a training step is a matter of seconds on two cores
 _LEFT_OUT = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"})
@@ -23,6 +33,45 @@ class Pair:
     module: str
     source: str
     summary: str
+
+
+def docstring_data(train: int, held_out: int) -> Path:
+    """A folder with ``train.jsonl`` and ``held_out.jsonl``: chats that ask for a docstring line. Cached.
+
+    Args:
+        train, held_out: how many, or all where there are fewer.
+
+    Raises:
+        InputError: Python's standard library is not on this machine as source.
+    """
+    library = standard_library()
+    key = hashlib.sha256(f"{_DATA_VERSION} {library} {train} {held_out}".encode()).hexdigest()[:8]
+    name = f"docstrings-python-{platform.python_version()}-{key}"
+    return cached(name, lambda target: _write_data(library, target, train, held_out))
+
+
+def _write_data(library: Path, target: Path, train: int, held_out: int) -> None:
+    to_learn, to_hold_out = split_by_module(collect_pairs(library), HELD_OUT_SHARE)
+    if not to_learn or not to_hold_out:
+        raise InputError(
+            f"there are no functions with docstrings in {library}; the demo learns from Python's own source"
+        )
+    _write_chats(target / TRAIN_FILE, choose_varied(to_learn, train))
+    _write_chats(target / HELD_OUT_FILE, choose_varied(to_hold_out, held_out))
+
+
+def _write_chats(path: Path, pairs: Sequence[Pair]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            file.write(json.dumps({"messages": _chat(pair), "module": pair.module}) + "\n")
+
+
+def _chat(pair: Pair) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": pair.source},
+        {"role": "assistant", "content": pair.summary},
+    ]
 
 
 def standard_library() -> Path:
