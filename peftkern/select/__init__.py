@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
     from peftkern.select.method import Method as Method
+    from peftkern.select.savings import PowerMeter as PowerMeter
+    from peftkern.select.savings import Savings as Savings
+    from peftkern.select.savings import compute_savings as compute_savings
     from peftkern.select.selection import Selection as Selection
     from peftkern.select.unit_importance import UnitImportance as UnitImportance
     from peftkern.select.unit_importance import measure_importance as measure_importance
+    from peftkern.select.view import SelectionView as SelectionView
+    from peftkern.select.view import view_history as view_history
 
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
@@ -28,14 +33,19 @@ _LAZY = {
     "FreezeGuard": "peftkern.select.freeze_as_guard",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "Method": "peftkern.select.method",
+    "PowerMeter": "peftkern.select.savings",
+    "Savings": "peftkern.select.savings",
     "Segment": "peftkern.select.cost_graph",
     "Selection": "peftkern.select.selection",
+    "SelectionView": "peftkern.select.view",
     "TensorCost": "peftkern.select.cost_graph",
     "UnitImportance": "peftkern.select.unit_importance",
     "apply_guard": "peftkern.select.freeze_as_guard",
     "cofitune_search": "peftkern.select.cofitune_search",
+    "compute_savings": "peftkern.select.savings",
     "half_reset": "peftkern.select.half_fine_tuning",
     "measure_importance": "peftkern.select.unit_importance",
+    "view_history": "peftkern.select.view",
 }
 
 

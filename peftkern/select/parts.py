@@ -192,6 +192,12 @@ def attention_roles(names: Iterable[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def roles_of(name: str) -> tuple[str, ...]:
+    """The roles of the matrices in the module or parameter of this name in a block; empty for an unknown one."""
+    row = _row_of(name, "weight")
+    return () if row is None else row.roles
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether ``module`` is a normalisation layer, which is known by its name."""
     return "norm" in type(module).__name__.lower()

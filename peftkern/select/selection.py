@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from peftkern.patch.table import format_table
 from peftkern.select.cost_graph import CostGraph
@@ -29,14 +30,18 @@ class Selection:
     importances: Mapping[str, float] = field(default_factory=dict)
     costs: Mapping[str, CostGraph] = field(default_factory=dict)
 
+    @cached_property
+    def step_costs(self) -> dict[str, float]:
+        """Predicted cost of a step in each unit."""
+        return {unit: graph.step(self.names) for unit, graph in self.costs.items()}
+
     def share(self, unit: str) -> float:
         """Predicted cost of a step as a share of the step that trains all candidates.
 
         Raises:
             KeyError: costs in this unit are not known.
         """
-        graph = self.costs[unit]
-        return graph.step(self.names) / graph.full
+        return self.step_costs[unit] / self.costs[unit].full
 
     @property
     def importance_share(self) -> float | None:
