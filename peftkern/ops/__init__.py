@@ -1,9 +1,9 @@
 """The operations: what each one means, its checks, and a reference in plain PyTorch."""
 
-from peftkern.ops.adamw import adamw_, adamw_8bit_
+from peftkern.ops.adamw import adamw_, adamw_8bit_, adamw_8bit_probe_, adamw_probe_
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.gated_lora_linear import gated_lora_linear
-from peftkern.ops.importance import accumulate_importance_, importance_dot
+from peftkern.ops.importance import accumulate_importance_, importance_dot, probe_dot
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.masked_linear import masked_linear
@@ -16,6 +16,8 @@ __all__ = [
     "accumulate_importance_",
     "adamw_",
     "adamw_8bit_",
+    "adamw_8bit_probe_",
+    "adamw_probe_",
     "add_sparse_delta",
     "dequantize",
     "gated_lora_linear",
@@ -23,6 +25,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "masked_linear",
+    "probe_dot",
     "quantile_of",
     "quantize",
     "select_top",

@@ -139,14 +139,73 @@ def adamw_8bit_(
     The other arguments, and what is raised, are those of `adamw_`. :func:`empty_moments` makes the first state.
     """
     _check_common("adamw_8bit_", parameter, gradient, step, scale)
-    blocks = torch.Size([block_count(parameter.numel(), MOMENT_BLOCK_SIZE)])
-    for name, codes in (("state1", state1), ("state2", state2)):
-        _check_state("adamw_8bit_", name, codes, parameter.shape, torch.uint8, parameter.device)
-    for name, absmax in (("absmax1", absmax1), ("absmax2", absmax2)):
-        _check_state("adamw_8bit_", name, absmax, blocks, torch.float32, parameter.device)
-    coefficients, age = coefficients_of(parameter.device, lr, betas, eps, weight_decay, step)
     moments = (state1, state2, absmax1, absmax2)
+    _check_codes("adamw_8bit_", parameter, moments)
+    coefficients, age = coefficients_of(parameter.device, lr, betas, eps, weight_decay, step)
     _run("adamw_8bit", (parameter, gradient, *moments, coefficients, age, scale), backend)
+
+
+def adamw_probe_(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    scale: Scale = None,
+    backend: str | None = None,
+) -> None:
+    """What :func:`adamw_` would make of ``parameter``, to be undone: moments and ages are only read.
+
+    ``parameter`` becomes what the update would make it, bit for bit, and ``gradient`` what ``parameter`` was. Copying
+    it back undoes the probe without a second copy of anything.
+
+    Args:
+        gradient: of the dtype of ``parameter``; it is overwritten, entries with scale 0 as well.
+        exp_avg: m; ``None``, for both moments, where they are zero.
+        exp_avg_sq: v, likewise.
+        step: t, of the update that is tried; or the updates that each entry has had.
+
+    The other arguments, and what is raised, are those of `adamw_`.
+
+    Source: GreenTrainer, Huang et al. 2024 (arXiv:2309.13192), section 3.2: the step whose gain it predicts.
+    """
+    _check_probe("adamw_probe_", parameter, gradient, step, scale)
+    if (exp_avg is None) != (exp_avg_sq is None):
+        raise TypeError("adamw_probe_: exp_avg and exp_avg_sq must both be tensors or both be None")
+    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if moment is not None:
+            _check_state("adamw_probe_", name, moment, parameter.shape, torch.float32, parameter.device)
+    coefficients, age = coefficients_of(parameter.device, lr, betas, eps, weight_decay, step)
+    _run_probe("adamw_probe", (parameter, gradient, exp_avg, exp_avg_sq, coefficients, age, scale), backend)
+
+
+def adamw_8bit_probe_(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    scale: Scale = None,
+    backend: str | None = None,
+) -> None:
+    """:func:`adamw_probe_` with moments of 8 bits, as :func:`adamw_8bit_` has them; they are only read."""
+    _check_probe("adamw_8bit_probe_", parameter, gradient, step, scale)
+    moments = (state1, state2, absmax1, absmax2)
+    _check_codes("adamw_8bit_probe_", parameter, moments)
+    coefficients, age = coefficients_of(parameter.device, lr, betas, eps, weight_decay, step)
+    _run_probe("adamw_8bit_probe", (parameter, gradient, *moments, coefficients, age, scale), backend)
 
 
 def _run(operation: str, arguments: tuple[Any, ...], backend: str | None) -> None:
@@ -159,6 +218,16 @@ def _run(operation: str, arguments: tuple[Any, ...], backend: str | None) -> Non
         registry.run(operation, parameter.detach(), gradient.detach(), *rest, scale, backend=backend)
     # native kernels write past autograd, which has to learn that what it saved has changed
     torch.autograd.graph.increment_version(parameter)
+
+
+def _run_probe(operation: str, arguments: tuple[Any, ...], backend: str | None) -> None:
+    parameter, gradient, *_, scale = arguments
+    if isinstance(scale, float | int) and _float32(scale) == 0:
+        with torch.no_grad():
+            gradient.copy_(parameter)
+        return
+    _run(operation, arguments, backend)
+    torch.autograd.graph.increment_version(gradient)
 
 
 # ---- checks
@@ -185,6 +254,22 @@ def _check_common(caller: str, parameter: Any, gradient: Any, step: Any, scale: 
         raise TypeError(f"{caller}: step must be an int or an int32 tensor, got {type(step).__name__}")
     elif step < 1:
         raise ValueError(f"{caller}: step must be at least 1, the number of this update; got {step}")
+
+
+def _check_probe(caller: str, parameter: Any, gradient: Any, step: Any, scale: Any) -> None:
+    _check_common(caller, parameter, gradient, step, scale)
+    if gradient.dtype != parameter.dtype:
+        raise TypeError(
+            f"{caller}: gradient must be {parameter.dtype} as parameter is, whose values it takes; got {gradient.dtype}"
+        )
+
+
+def _check_codes(caller: str, parameter: Tensor, moments: tuple[Any, Any, Any, Any]) -> None:
+    blocks = torch.Size([block_count(parameter.numel(), MOMENT_BLOCK_SIZE)])
+    for name, codes in zip(("state1", "state2"), moments[:2], strict=True):
+        _check_state(caller, name, codes, parameter.shape, torch.uint8, parameter.device)
+    for name, absmax in zip(("absmax1", "absmax2"), moments[2:], strict=True):
+        _check_state(caller, name, absmax, blocks, torch.float32, parameter.device)
 
 
 def _check_state(
@@ -373,6 +458,45 @@ def adamw_8bit_reference(
         entries = trained.repeat_interleave(MOMENT_BLOCK_SIZE)[: codes.numel()].view(codes.shape)
         _write(codes, new_codes, entries)
         _write(absmax, new_absmax, trained)
+
+
+@registry.register("adamw_probe", "reference")
+def adamw_probe_reference(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """:func:`adamw_probe_` in plain PyTorch, without its checks. ``scale`` is no number 0."""
+    before = parameter.clone()
+    mean, square = (
+        parameter.new_zeros(parameter.shape, dtype=torch.float32) if moment is None else moment.clone()
+        for moment in (exp_avg, exp_avg_sq)
+    )
+    age = None if age is None else age.clone()
+    adamw_reference(parameter, gradient, mean, square, coefficients, age, scale)
+    gradient.copy_(before)
+
+
+@registry.register("adamw_8bit_probe", "reference")
+def adamw_8bit_probe_reference(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """:func:`adamw_8bit_probe_` in plain PyTorch, without its checks. ``scale`` is no number 0."""
+    mean = dequantize_moment(state1, absmax1, signed=True)
+    square = dequantize_moment(state2, absmax2, signed=False)
+    adamw_probe_reference(parameter, gradient, mean, square, coefficients, age, scale)
 
 
 def _factor(parameter: Tensor, scale: Scale) -> Tensor | None:

@@ -2,12 +2,14 @@
 
     "sum"      total += g                "square"   total += g²               "product"  total += g ⊙ other
     importance_dot(g, d) = Σ g ⊙ d
+    probe_dot(g, w, s) = Σ g ⊙ (w - s)
 
 g is a gradient. A total of [rows] takes the sums over rows. "product" with the difference of two models is the
-gradient of a mask over that difference; its sum, `importance_dot`, is the predicted change of the loss.
+gradient of a mask over that difference; its sum, `importance_dot`, is the predicted change of the loss. `probe_dot` is
+that of a weight w that was s, without a tensor for the difference.
 
-Arithmetic is in float32, products rounded before they are added; sums over entries are in float64 in an order that
-depends on shapes alone, and are rounded to float32 once.
+Arithmetic is in float32, differences and products rounded before they are added; sums over entries are in float64 in an
+order that depends on shapes alone, and are rounded to float32 once.
 """
 
 from __future__ import annotations
@@ -66,6 +68,32 @@ def importance_dot(gradient: Tensor, delta: Tensor, *, backend: str | None = Non
     _check_pair("importance_dot", "gradient", gradient, "delta", delta)
     with torch.no_grad():
         result: Tensor = registry.run("importance_dot", gradient.detach(), delta.detach(), backend=backend)
+    return result
+
+
+def probe_dot(gradient: Tensor, weight: Tensor, saved: Tensor, *, backend: str | None = None) -> Tensor:
+    """Σ gradient ⊙ (weight - saved) over all entries, a float32 tensor without dimensions on their device.
+
+    Args:
+        gradient: float32, bfloat16 or float16, any shape and strides.
+        weight: of the shape of ``gradient`` and on its device; float32, bfloat16 or float16, any strides.
+        saved: what ``weight`` was, of its dtype.
+        backend: name of the backend that must run it; ``None`` lets the table decide.
+
+    Raises:
+        ValueError: shapes or devices differ.
+        TypeError: a dtype or type does not fit.
+        BackendError: a forced backend cannot run the call.
+
+    Source: GreenTrainer, Huang et al. 2024 (arXiv:2309.13192), section 3.2.
+    """
+    _check_pair("probe_dot", "gradient", gradient, "weight", weight)
+    _check_pair("probe_dot", "weight", weight, "saved", saved)
+    if saved.dtype != weight.dtype:
+        raise TypeError(f"probe_dot: saved must be {weight.dtype} as weight is, got {saved.dtype}")
+    with torch.no_grad():
+        arguments = (gradient.detach(), weight.detach(), saved.detach())
+        result: Tensor = registry.run("probe_dot", *arguments, backend=backend)
     return result
 
 
@@ -132,3 +160,9 @@ def accumulate_importance_reference(total: Tensor, gradient: Tensor, kind: str, 
 def importance_dot_reference(gradient: Tensor, delta: Tensor) -> Tensor:
     """:func:`importance_dot` in plain PyTorch, without its checks."""
     return (gradient.float() * delta.float()).sum(dtype=torch.float64).float()
+
+
+@registry.register("probe_dot", "reference")
+def probe_dot_reference(gradient: Tensor, weight: Tensor, saved: Tensor) -> Tensor:
+    """:func:`probe_dot` in plain PyTorch, without its checks."""
+    return importance_dot_reference(gradient, weight.float() - saved.float())

@@ -109,6 +109,39 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
         adamw.adamw_(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], **numbers)
 
+    # ---- a step on trial
+
+    @torch.no_grad()
+    def probe_(self, parameter: Tensor, values: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        """What the next update would make of ``parameter``, to be undone; nothing of the optimizer changes.
+
+        ``values`` become what the update would make of them, bit for bit, and ``gradient`` what they were.
+
+        Args:
+            parameter: whose state is read; one that has none, or that is not trained here, has zero moments.
+            values: ``parameter`` itself or a copy of it.
+            gradient: of its dtype and shape; it is overwritten.
+            group: holds ``lr``, ``betas``, ``eps`` and ``weight_decay``, as a parameter group does.
+
+        Raises:
+            ValueError, TypeError: as `ops.adamw_probe_` does.
+        """
+        state = self.state.get(parameter, {})
+        self._probe(
+            values,
+            gradient,
+            state,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state.get("age", state.get("step", 0) + 1),
+            scale=_scale(parameter, state),
+        )
+
+    def _probe(self, values: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
+        adamw.adamw_probe_(values, gradient, state.get("exp_avg"), state.get("exp_avg_sq"), **numbers)
+
     # ---- masks, scales and moving entries
 
     @torch.no_grad()
@@ -244,6 +277,12 @@ class AdamW8bit(AdamW):
             super()._update(parameter, gradient, state, **numbers)
         else:
             adamw.adamw_8bit_(parameter, gradient, *(state[name] for name in _STATE_NAMES), **numbers)
+
+    def _probe(self, values: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
+        if "state1" in state:
+            adamw.adamw_8bit_probe_(values, gradient, *(state[name] for name in _STATE_NAMES), **numbers)
+        else:
+            super()._probe(values, gradient, state, **numbers)
 
 
 _STATE_NAMES = ("state1", "state2", "absmax1", "absmax2")

@@ -307,6 +307,85 @@ def test_entries_of_one_age_are_updated_as_a_parameter_of_that_age(backend: str,
     assert_same_bits(by_entry.parameter, by_parameter.parameter)
 
 
+# ---- an update on trial
+
+
+def make_trial(problem: Problem, gradient: Tensor, step: int, backend: str, scale: adamw.Scale) -> None:
+    update = adamw.adamw_probe_ if len(problem.moments) == 2 else adamw.adamw_8bit_probe_
+    count = step if problem.age is None else problem.age
+    update(problem.parameter, gradient, *problem.moments, step=count, scale=scale, backend=backend, **NUMBERS)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("ages", [False, True], ids=["one age", "an age for each entry"])
+@pytest.mark.parametrize("kind", [*SCALES, "zero"])
+def test_a_probe_is_the_update_and_the_gradient_becomes_what_the_parameter_was(
+    backend: str, bits: int, ages: bool, kind: str
+) -> None:
+    for shape in [shape for shape in SHAPES if kind == "zero" or fits(kind, shape)]:
+        for dtype in DTYPES:
+            scale = 0.0 if kind == "zero" else make_scale(kind, shape)
+            tried, updated = make_problem(shape, bits, dtype, ages), make_problem(shape, bits, dtype, ages)
+            before, gradient = copy.deepcopy(tried), random_tensor(shape, dtype, 4)
+            updated.step(gradient, 6, "reference", scale)
+            make_trial(tried, gradient, 6, backend, scale)
+            assert_same_bits(tried.parameter, updated.parameter)
+            assert_same_bits(gradient, before.parameter)
+            for actual, old in zip(tried.tensors()[1:], before.tensors()[1:], strict=True):
+                assert_same_bits(actual, old)
+
+
+def test_moments_that_are_not_there_are_zero(backend: str) -> None:
+    for shape in SHAPES:
+        tried, updated = make_problem(shape), make_problem(shape)
+        updated.moments = (torch.zeros(shape), torch.zeros(shape))
+        gradient = random_tensor(shape, torch.float32, 4)
+        updated.step(gradient, 1, "reference")
+        adamw.adamw_probe_(tried.parameter, gradient, None, None, step=1, backend=backend, **NUMBERS)
+        assert_same_bits(tried.parameter, updated.parameter)
+        assert_same_bits(gradient, make_problem(shape).parameter)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_probe_of_tensors_that_are_not_contiguous(backend: str, bits: int) -> None:
+    tried, updated = make_problem((70, 33), bits), make_problem((70, 33), bits)
+    before = tried.parameter.clone()
+    gradient = random_tensor((70, 33), torch.float32, 4)
+    wide, spread = torch.full((33, 140), 7.0), gradient.t().contiguous().t()
+    wide[:, ::2] = tried.parameter.t()
+    tried.parameter = wide[:, ::2].t()
+    make_trial(tried, spread, 6, backend, None)
+    updated.step(gradient, 6, "reference")
+    assert_same_bits(tried.parameter.contiguous(), updated.parameter)
+    assert_same_bits(spread.contiguous(), before)
+    assert bool((wide[:, 1::2] == 7.0).all())
+
+
+def test_a_probe_of_infinite_and_nan_gradients_is_undone(backend: str) -> None:
+    problem = make_problem((3, 1000))
+    before, gradient = problem.parameter.clone(), random_tensor((3, 1000), torch.float32)
+    gradient[0, :3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    make_trial(problem, gradient, 6, backend, None)
+    assert not bool(problem.parameter.isfinite().all())
+    assert_same_bits(gradient, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"gradient": torch.zeros(3, 4).bfloat16()}, TypeError, "gradient must be torch.float32 as parameter is"),
+        ({"exp_avg": None}, TypeError, "must both be tensors or both be None"),
+        ({"exp_avg_sq": torch.zeros(4, 3)}, ValueError, r"exp_avg_sq must be \[3, 4\]"),
+        ({"step": 0}, ValueError, "step must be at least 1"),
+    ],
+)
+def test_bad_arguments_of_a_probe(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    names = ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+    given = {**{name: torch.zeros(3, 4) for name in names}, "step": 1, **NUMBERS, **changes}
+    with pytest.raises(error, match=message):
+        adamw.adamw_probe_(**given)
+
+
 # ---- 8-bit moments
 
 MEAN_GAP, SQUARE_GAP = 0.9 / 64, 0.9 / 128

@@ -11,7 +11,7 @@ from same_bits import DTYPES, assert_same_bits, random_tensor
 from torch import Tensor
 
 from peftkern.backends import cpu
-from peftkern.ops.importance import KINDS, accumulate_importance_, importance_dot
+from peftkern.ops.importance import KINDS, accumulate_importance_, importance_dot, probe_dot
 
 SHAPES = [(3, 256), (70, 33), (1, 1), (300,), (2, 3, 96), (0, 4), (4, 0), (1, 70_001), (2, 140_000)]
 
@@ -96,6 +96,26 @@ def test_the_dot_product_is_within_a_rounding_of_float64(backend: str, dtype: to
         assert result.item() == pytest.approx(expected, rel=1.2e-7, abs=1e-10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_dot_product_with_a_difference(backend: str, dtype: torch.dtype) -> None:
+    for shape in [*SHAPES, ()]:
+        for gradient_dtype in DTYPES:
+            gradient, saved = random_tensor(shape, gradient_dtype), random_tensor(shape, dtype, seed=3)
+            weight = (saved.float() * 1.01 + 1e-3).to(dtype)
+            result = probe_dot(gradient, weight, saved, backend=backend)
+            assert result.shape == () and result.dtype == torch.float32
+            expected = float((gradient.float() * (weight.float() - saved.float())).double().sum())
+            assert result.item() == pytest.approx(expected, rel=1.2e-7, abs=1e-10)
+
+
+def test_the_dot_product_with_a_difference_by_hand(backend: str) -> None:
+    gradient, weight = torch.tensor([[1.0, -2.0], [3.0, 4.0]]), torch.tensor([[10.0, 1.0], [0.0, -1.0]])
+    saved = torch.tensor([[9.0, 4.0], [0.0, -1.5]])
+    assert probe_dot(gradient, weight, saved, backend=backend).item() == 1 * 1 + 2 * 3 + 0 + 4 * 0.5
+    assert probe_dot(gradient.t(), weight, saved.t().contiguous().t(), backend=backend).item() == 1 - 9 - 0 + 2.0
+    assert bool(probe_dot(gradient, torch.full((2, 2), float("nan")), saved, backend=backend).isnan())
+
+
 def test_sums_do_not_lose_small_terms_beside_large_ones(backend: str) -> None:
     gradient = torch.full((1, 200_000), 1e-4)
     gradient[0, 0] = 2.0**24
@@ -117,7 +137,11 @@ def test_every_instruction_set_and_number_of_threads_gives_the_same_bits(monkeyp
             try:
                 total = torch.zeros(7)
                 accumulate_importance_(total, gradient, "product", delta, backend="cpu")
-                results.append(torch.cat((total, importance_dot(gradient, delta, backend="cpu")[None])))
+                dots = (
+                    importance_dot(gradient, delta, backend="cpu"),
+                    probe_dot(gradient, delta * 2, delta, backend="cpu"),
+                )
+                results.append(torch.cat((total, torch.stack(dots))))
             finally:
                 torch.set_num_threads(threads)
     assert len(results) >= 2
@@ -182,3 +206,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], error: type[Except
         )
     with pytest.raises(ValueError, match=r"delta must be \[3, 4\] on cpu as gradient is; got \[4, 3\]"):
         importance_dot(torch.zeros(3, 4), torch.zeros(4, 3))
+    with pytest.raises(ValueError, match=r"saved must be \[3, 4\] on cpu as weight is; got \[4, 3\]"):
+        probe_dot(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match=r"saved must be torch.float32 as weight is, got torch.bfloat16"):
+        probe_dot(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 4).bfloat16())
