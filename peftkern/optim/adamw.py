@@ -3,6 +3,7 @@
     optimizer = AdamW(model.parameters(), lr=1e-4)
     optimizer.set_scale(weight, mask)          # entries outside the mask: no update, no decay, moments and age kept
     optimizer.reindex(values, source)          # the entries of `values` have changed places; see there
+    optimizer.park([weight])                   # not trained for a while: its state takes a quarter of the memory
 
 Otherwise it is a `torch.optim.Optimizer` like any other: groups, learning-rate schedulers, ``state_dict``.
 """
@@ -28,7 +29,7 @@ class AdamW(torch.optim.Optimizer):
 
     The state of a parameter holds ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` (float32, of the parameter's shape),
     and where there are such ``age`` (int32, the updates of each entry), ``scale`` (a number, or [rows] float32) and
-    ``mask`` (a BitMask's bits).
+    ``mask`` (a BitMask's bits). While it is parked, its moments are kept as `AdamW8bit` keeps them.
 
     Args:
         params: parameters or groups of them: float32, bfloat16 or float16, contiguous or not.
@@ -37,9 +38,14 @@ class AdamW(torch.optim.Optimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled; each update takes ``lr * weight_decay`` of the parameter away.
 
+    Attributes:
+        SMALLEST: parameters of fewer entries have float32 moments at all times.
+
     Raises:
         ValueError: a number is out of range.
     """
+
+    SMALLEST = 4096
 
     def __init__(
         self,
@@ -79,6 +85,7 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if "step" not in state:
             state |= {"step": 0, **self._empty(parameter)}
+        self._unpark(parameter, state)
         state["step"] += 1
         self._update(
             parameter,
@@ -100,7 +107,12 @@ class AdamW(torch.optim.Optimizer):
         return {"exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
     def _moments(self, state: dict[str, Any]) -> Moments:
-        return state["exp_avg"], state["exp_avg_sq"]
+        if "exp_avg" in state:
+            return state["exp_avg"], state["exp_avg_sq"]
+        return (
+            adamw.dequantize_moment(state["state1"], state["absmax1"], signed=True),
+            adamw.dequantize_moment(state["state2"], state["absmax2"], signed=False),
+        )
 
     def _keep(self, parameter: Tensor, moments: Moments) -> dict[str, Tensor]:
         """The state that holds ``moments``."""
@@ -140,7 +152,41 @@ class AdamW(torch.optim.Optimizer):
         )
 
     def _probe(self, values: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
-        adamw.adamw_probe_(values, gradient, state.get("exp_avg"), state.get("exp_avg_sq"), **numbers)
+        if "state1" in state:
+            adamw.adamw_8bit_probe_(values, gradient, *(state[name] for name in _STATE_NAMES), **numbers)
+        else:
+            adamw.adamw_probe_(values, gradient, state.get("exp_avg"), state.get("exp_avg_sq"), **numbers)
+
+    # ---- parameters that are not trained for a while
+
+    @torch.no_grad()
+    def park(self, parameters: Iterable[Tensor]) -> None:
+        """Keep the state of ``parameters`` in 8 bits until their next update, which takes up where the last one ended.
+
+        The moments are rounded once, as `AdamW8bit` rounds them; steps, ages and scales stay, and so do the moments of
+        parameters of fewer than ``SMALLEST`` entries. What is parked is part of ``state_dict``.
+
+        Args:
+            parameters: that this optimizer trains; their gradients are dropped.
+
+        Raises:
+            ValueError: the optimizer does not train one of them.
+        """
+        chosen = list(parameters)
+        for parameter in chosen:
+            self._check_trained("park", parameter)
+        for parameter in chosen:
+            parameter.grad = None
+            state = self.state.get(parameter, {})
+            if "exp_avg" in state and parameter.numel() >= self.SMALLEST:
+                state |= _in_8_bits((state.pop("exp_avg"), state.pop("exp_avg_sq")))
+
+    def _unpark(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        if "state1" in state:
+            moments = self._moments(state)
+            for name in _STATE_NAMES:
+                del state[name]
+            state |= self._keep(parameter, moments)
 
     # ---- masks, scales and moving entries
 
@@ -211,7 +257,7 @@ class AdamW(torch.optim.Optimizer):
         state |= {"step": state.get("step", 0), **self._keep(parameter, (first, second)), "age": moved_age}
 
     def _empty_names(self, state: dict[str, Any]) -> list[str]:
-        return [name for name in ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2") if name in state]
+        return [name for name in ("exp_avg", "exp_avg_sq", *_STATE_NAMES) if name in state]
 
     def _old_moments(self, parameter: Tensor, state: dict[str, Any]) -> Moments:
         if "step" in state:
@@ -250,27 +296,16 @@ class AdamW8bit(AdamW):
     block is frozen, and where they are 0. Otherwise they are rounded anew with their block.
     """
 
-    SMALLEST = 4096
-
     def _empty(self, parameter: Tensor) -> dict[str, Tensor]:
         if parameter.numel() < self.SMALLEST:
             return super()._empty(parameter)
         return dict(zip(_STATE_NAMES, adamw.empty_moments(parameter), strict=True))
 
-    def _moments(self, state: dict[str, Any]) -> Moments:
-        if "exp_avg" in state:
-            return super()._moments(state)
-        return (
-            adamw.dequantize_moment(state["state1"], state["absmax1"], signed=True),
-            adamw.dequantize_moment(state["state2"], state["absmax2"], signed=False),
-        )
-
     def _keep(self, parameter: Tensor, moments: Moments) -> dict[str, Tensor]:
-        if parameter.numel() < self.SMALLEST:
-            return super()._keep(parameter, moments)
-        state1, absmax1 = adamw.quantize_moment(moments[0], signed=True)
-        state2, absmax2 = adamw.quantize_moment(moments[1], signed=False)
-        return dict(zip(_STATE_NAMES, (state1, state2, absmax1, absmax2), strict=True))
+        return super()._keep(parameter, moments) if parameter.numel() < self.SMALLEST else _in_8_bits(moments)
+
+    def _unpark(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """A parked state is one like any other here."""
 
     def _update(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
         if "exp_avg" in state:
@@ -278,14 +313,14 @@ class AdamW8bit(AdamW):
         else:
             adamw.adamw_8bit_(parameter, gradient, *(state[name] for name in _STATE_NAMES), **numbers)
 
-    def _probe(self, values: Tensor, gradient: Tensor, state: dict[str, Any], **numbers: Any) -> None:
-        if "state1" in state:
-            adamw.adamw_8bit_probe_(values, gradient, *(state[name] for name in _STATE_NAMES), **numbers)
-        else:
-            super()._probe(values, gradient, state, **numbers)
-
 
 _STATE_NAMES = ("state1", "state2", "absmax1", "absmax2")
+
+
+def _in_8_bits(moments: Moments) -> dict[str, Tensor]:
+    state1, absmax1 = adamw.quantize_moment(moments[0], signed=True)
+    state2, absmax2 = adamw.quantize_moment(moments[1], signed=False)
+    return dict(zip(_STATE_NAMES, (state1, state2, absmax1, absmax2), strict=True))
 
 
 def seeded_moments(

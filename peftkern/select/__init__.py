@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from peftkern.select.cost_graph import CostGraph as CostGraph
     from peftkern.select.cost_graph import Segment as Segment
     from peftkern.select.cost_graph import TensorCost as TensorCost
+    from peftkern.select.execution import Execution as Execution
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
     from peftkern.select.freeze_as_guard import FreezeGuard as FreezeGuard
     from peftkern.select.freeze_as_guard import apply_guard as apply_guard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
     from peftkern.select.method import Method as Method
+    from peftkern.select.policy import Policy as Policy
     from peftkern.select.savings import PowerMeter as PowerMeter
     from peftkern.select.savings import Savings as Savings
     from peftkern.select.savings import compute_savings as compute_savings
@@ -29,12 +31,14 @@ if TYPE_CHECKING:
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
     "CostGraph": "peftkern.select.cost_graph",
+    "Execution": "peftkern.select.execution",
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "FreezeGuard": "peftkern.select.freeze_as_guard",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "Method": "peftkern.select.method",
     "PowerMeter": "peftkern.select.savings",
     "Savings": "peftkern.select.savings",
+    "Policy": "peftkern.select.policy",
     "Segment": "peftkern.select.cost_graph",
     "Selection": "peftkern.select.selection",
     "SelectionView": "peftkern.select.view",

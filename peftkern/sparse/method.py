@@ -10,9 +10,10 @@ from torch import nn
 
 from peftkern.formats.sparse_indices import SparseIndices
 from peftkern.nn.sparse_linear import SparseDelta
+from peftkern.select import resume
 from peftkern.select.method import Method
-from peftkern.sparse import resume
 from peftkern.sparse.layers import attach, base_layer
+from peftkern.sparse.resume import load_deltas, state_of_deltas
 from peftkern.sparse.update import SparseUpdate
 
 
@@ -20,7 +21,7 @@ class SparseMethod(Method):
     """Base class of methods whose result is a set of sparse deltas.
 
     A subclass calls `take` in its `prepare`, and overrides `state` and `load_state` where it remembers more than the
-    deltas. A checkpoint of the optimizer holds that state; see `peftkern.sparse.resume`.
+    deltas. A checkpoint of the optimizer holds that state; see `peftkern.select.resume`.
 
     Attributes:
         deltas: by name of their layer; empty before `prepare`.
@@ -117,7 +118,7 @@ class SparseMethod(Method):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: numbers, words, tensors, and lists and dictionaries of them."""
-        return {"steps_done": self.steps_done, "deltas": resume.state_of_deltas(self.deltas)}
+        return {"steps_done": self.steps_done, "deltas": state_of_deltas(self.deltas)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was read.
@@ -125,5 +126,5 @@ class SparseMethod(Method):
         Raises:
             ValueError: it is of other layers.
         """
-        resume.load_deltas(type(self).__name__, self.deltas, state["deltas"])
+        load_deltas(type(self).__name__, self.deltas, state["deltas"])
         self.steps_done = state["steps_done"]

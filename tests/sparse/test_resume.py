@@ -10,9 +10,9 @@ import torch
 from sparse_models import batches, llama, trainer
 
 from peftkern.optim import AdamW
+from peftkern.select.resume import KEY
 from peftkern.sparse import LotteryTicket, RoSA, SpIEL, deltas
 from peftkern.sparse.method import SparseMethod
-from peftkern.sparse.resume import KEY
 
 METHODS: dict[str, Any] = {"LotteryTicket": LotteryTicket, "SpIEL": SpIEL, "RoSA": RoSA}
 
