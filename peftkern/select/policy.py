@@ -22,8 +22,12 @@ from torch import nn
 
 from peftkern.select import resume
 from peftkern.select.execution import Execution, check_between_updates
+from peftkern.select.history import history_as_data, history_from_data
 from peftkern.select.method import Method, logger
+from peftkern.select.savings import PowerMeter, Savings, compute_savings, selection_logs
 from peftkern.select.selection import Selection
+from peftkern.select.trainer_log import TrainerLog
+from peftkern.select.view import SelectionView, view_history
 
 UNITS = ("steps", "epochs")
 
@@ -48,8 +52,8 @@ class Policy(Method):
     Attributes:
         candidates: names of the parameters that can be chosen; empty before `prepare`.
         selection: in force; ``None`` before the first.
-        history: of all selections since `start`, the oldest first. One that training goes on with from a checkpoint
-            has no importances and no costs.
+        history: of all selections, those before the checkpoint that training goes on from included, the oldest first.
+        passes: forward and backward passes in one update, for the savings. The Trainer's number is known by itself.
 
     Raises:
         ValueError: an argument is none of these.
@@ -72,6 +76,8 @@ class Policy(Method):
         self._is_selecting = False
         self._saving: resume.Saving | None = None
         self._hook: Any = None
+        self.passes = 1
+        self._log = TrainerLog(self.logs)
 
     # ---- what a policy decides
 
@@ -92,20 +98,21 @@ class Policy(Method):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: numbers, words, tensors, and lists and dictionaries of them."""
-        chosen = None if self.selection is None else list(self.selection.names)
         return {
             "steps_done": self.steps_done,
             "epoch": self._epoch,
             "next": self._next,
-            "names": chosen,
-            "chosen_at": 0 if self.selection is None else self.selection.step,
+            "history": history_as_data(self.history),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go back to where `state` was read; `start` calls it."""
         self.steps_done, self._epoch, self._next = state["steps_done"], state["epoch"], state["next"]
-        if state["names"] is not None:
-            self._put_in_force(self.selected(state["names"], step=state["chosen_at"]))
+        history = history_from_data(state["history"])
+        if history:
+            self._check_names(history[-1].names)
+            self.history = history[:-1]
+            self._put_in_force(history[-1])
 
     def selected(self, names: Iterable[str], **facts: Any) -> Selection:
         """A `Selection` of this policy: the candidates that ``names`` holds, in the model's order.
@@ -117,11 +124,39 @@ class Policy(Method):
             ValueError: a name is none of a candidate.
         """
         chosen = set(names)
-        unknown = chosen.difference(self.candidates)
-        if unknown:
-            raise ValueError(f"{type(self).__name__}: {min(unknown)} is none of the candidates")
+        self._check_names(chosen)
         in_order = tuple(name for name in self.candidates if name in chosen)
         return Selection(type(self).__name__, in_order, self.candidates, **{"step": self.steps_done, **facts})
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = set(names).difference(self.candidates)
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: {min(unknown)} is none of the candidates")
+
+    # ---- what it has done
+
+    def logs(self) -> dict[str, float]:
+        """The selection in force and what was saved, as numbers for a log; see `peftkern.select.selection_logs`.
+
+        The Trainer's logs of a training loss have them by themselves.
+        """
+        return selection_logs(self.history, self.steps_done, self.passes)
+
+    def savings(self, watts: float | PowerMeter | None = None, grams_per_kwh: float | None = None) -> Savings:
+        """What was saved since training began, against training all candidates; see `peftkern.select.compute_savings`.
+
+        Raises:
+            ValueError: an argument is one that `compute_savings` refuses.
+        """
+        return compute_savings(self.history, self.steps_done, self.passes, watts, grams_per_kwh)
+
+    def view(self, watts: float | PowerMeter | None = None, grams_per_kwh: float | None = None) -> SelectionView:
+        """All selections, to print, draw and save; see `peftkern.select.view`.
+
+        Raises:
+            ValueError: nothing has been selected, or an argument is one that `compute_savings` refuses.
+        """
+        return view_history(self.history, self.steps_done, self.passes, watts, grams_per_kwh)
 
     # ---- from beginning to end
 
@@ -198,6 +233,17 @@ class Policy(Method):
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
         self._epoch = 0
         super().on_train_begin(args, state, control, optimizer, **kwargs)
+        self.passes = args.gradient_accumulation_steps
+        self._log.enter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        is_new = self.selection is not None and self.selection.step == self.steps_done - 1
+        if is_new and args.logging_strategy != "no":
+            control.should_log = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._log.leave()
+        super().on_train_end(args, state, control, **kwargs)
 
     def _now(self) -> int:
         return self.steps_done if self.interval_unit == "steps" else self._epoch

@@ -92,7 +92,7 @@ class Savings:
         if self.grams is not None:
             formula = f"{self.watt_hours:.4g} Wh / 1000 × {self.grams_per_kwh:g} g/kWh (as stated)"
             lines.append(f"saved {self.grams:.4g} g of CO2 = {formula}")
-        return lines or ["saved: not known, the selections came without costs"]
+        return lines or ["saved nothing that is known: the selections came without costs"]
 
     def as_data(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -147,7 +147,8 @@ def compute_savings(
     Args:
         history: `Policy.history`.
         steps_done: updates so far.
-        passes: forward and backward passes in one update (gradient accumulation).
+        passes: forward and backward passes in one update (gradient accumulation). In seconds, what the update itself
+            takes counts with each of them.
         watts: power of the machine while it trains, or a `PowerMeter` that measured it; for the energy.
         grams_per_kwh: of CO2, of the electricity used; for the CO2, which needs ``watts`` as well.
 

@@ -154,6 +154,13 @@ class SelectionView:
             raise ValueError(f"SelectionView.save: path must end in {', '.join(_WRITERS)}, got {str(path)!r}")
         _WRITERS[target.suffix.lower()](self, target)
 
+    def summary(self) -> dict[str, Any]:
+        """The selection in force and the savings, without the tensors, for a JSON file."""
+        now = _selection_data(self.now)
+        del now["names"]
+        counts = {"trained": len(self.now.names), "candidates": len(self.tensors), "selections": len(self.history)}
+        return _finite({"policy": self.now.policy, **counts, **now, "savings": self.savings.as_data()})  # type: ignore[no-any-return]
+
     def as_data(self) -> dict[str, Any]:
         """For a JSON file."""
         return {

@@ -51,7 +51,7 @@ def test_each_unit_counts_the_updates_that_have_costs_in_it() -> None:
 def test_without_costs_nothing_is_said_to_be_saved() -> None:
     result = compute_savings([selection(0, "a", costs={})], 5, watts=50)
     assert (result.units, result.watt_hours) == ({}, None)
-    assert str(result) == "saved: not known, the selections came without costs"
+    assert str(result) == "saved nothing that is known: the selections came without costs"
 
 
 def test_a_history_out_of_order_is_refused() -> None:
@@ -148,5 +148,5 @@ def test_logs_hold_what_is_known_and_finite() -> None:
 
 
 def test_nothing_saved_is_no_share() -> None:
-    assert Savings(0).lines() == ["saved: not known, the selections came without costs"]
+    assert Savings(0).lines() == ["saved nothing that is known: the selections came without costs"]
     assert compute_savings([selection(0, "a")], 0).units["flops"].share == 0.0

@@ -67,7 +67,8 @@ def test_adapters_are_named_with_the_matrix_that_they_adapt() -> None:
 
 
 def test_sparse_values_are_named_with_their_matrix() -> None:
-    assert find_places(["model.layers.4.mlp.up_proj.values"]).kinds == ("up values",)
+    name = "model.layers.4.mlp.up_proj.sparse_deltas.default.values"
+    assert find_places([name]).kinds == ("up sparse_deltas values",)
 
 
 def test_experts_share_a_place_and_a_router_has_its_own() -> None:
