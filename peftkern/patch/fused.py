@@ -46,7 +46,7 @@ from peftkern.patch.arguments import (
     running_adapters,
 )
 from peftkern.patch.gated import is_gated_mlp, is_silu
-from peftkern.patch.weights import NotFused, ViewCache, base_kind, original_class
+from peftkern.patch.weights import KNOWN_TENSORS, NotFused, ViewCache, base_kind, original_class
 
 if TYPE_CHECKING:
     from peftkern.patch.shared_input import SharedInput
@@ -266,7 +266,7 @@ def check_activation(activation: Any) -> None:
 
 
 def _check_gate(gate: Tensor, up: Tensor) -> None:
-    if type(gate) is not Tensor or type(up) is not Tensor:
+    if not {type(gate), type(up)} <= KNOWN_TENSORS:
         raise NotFused(f"the activations are of type {type(gate).__name__} and {type(up).__name__}, not plain tensors")
     if gate.dtype != up.dtype or gate.dtype not in FLOAT_DTYPES:
         raise NotFused(f"gate_proj gives {gate.dtype} and up_proj {up.dtype}")

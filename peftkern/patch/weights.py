@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftkern.formats import BLOCK_SIZES, DoubleQuantization, QuantizedTensor, codebook
 from peftkern.nn.masked_linear import under_mask
@@ -106,9 +107,13 @@ def _find_kind(base_class: type) -> BaseKind | None:
     return None
 
 
+KNOWN_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+"""Fake ones take the operators' way, so that a model shows its real operators where nothing is computed."""
+
+
 def _plain(tensor: Tensor | None, what: str) -> Tensor:
-    # a distributed, fake or otherwise special tensor needs its own dispatch, which raw pointers would bypass
-    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+    # a distributed or otherwise special tensor needs its own dispatch, which raw pointers would bypass
+    if tensor is None or type(tensor) not in KNOWN_TENSORS:
         raise NotFused(f"the {what} of the base layer is a {type(tensor).__name__}, not a plain tensor")
     return tensor
 
