@@ -216,7 +216,7 @@ class _Places:
 
 def _product(tokens: float, arguments: Mapping[str, Any]) -> float:
     """The product with the base weight, decoded where it is quantized."""
-    weight = arguments["out_features"] * arguments["in_features"]
+    weight = float(arguments["out_features"] * arguments["in_features"])
     return 2.0 * tokens * weight + (weight if arguments["format"] != "dense" else 0)
 
 
