@@ -102,7 +102,7 @@ def trace(
     parameters = dict(model.named_parameters())
     found = Trace(tuple(names))
     watch = _Watch(found, meter)
-    with asking(model, names), _without_hooks(model), torch.enable_grad(), watch:
+    with asking(model, names), without_hooks(model), torch.enable_grad(), watch:
         value = loss(model, batch)
         watch.end_forward()
         if value.grad_fn is None:
@@ -156,7 +156,8 @@ _HOOKS = ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
 @contextlib.contextmanager
-def _without_hooks(model: nn.Module) -> Iterator[None]:
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """The hooks that let the embeddings' output ask for a gradient are off inside of the with block."""
     held = [(module._forward_hooks, dict(module._forward_hooks)) for module in model.modules()]
     try:
         for hooks, all_hooks in held:
@@ -255,7 +256,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.note: Callable[[Any, Any, Any, Any], None] = self._note_forward
         self.regions: dict[int, Any] = {}  # by the number of the node that was made in it
         self.window: _Window | None = None
-        self.sums: dict[int, tuple[Tensor, list[Charge]]] = {}  # gradients that were added up, by their memory
+        self.sums: dict[int, list[Charge]] = {}  # of gradients that were added up, by their memory
         self.again: list[tuple[Any, Charge]] = []  # what was computed again, by region
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -342,14 +343,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_sum(self, charges: list[Charge], args: Any, out: Any) -> None:
         """Between two nodes autograd adds up gradients that have come from several sides."""
         for key in _memory_of(args):
-            charges = charges + self.sums.pop(key, (None, []))[1]
+            charges = charges + self.sums.pop(key, [])
         for tensor in _tensors(out):
-            self.sums[_memory(tensor)] = (tensor, charges)
+            self.sums[_memory(tensor)] = charges
 
     def _charge_sums(self, gradients: Sequence[Tensor | None], tensors: int) -> None:
         for gradient in gradients:
             if gradient is not None:
-                for charge in self.sums.pop(_memory(gradient), (None, []))[1]:
+                for charge in self.sums.pop(_memory(gradient), []):
                     self.trace.charges.append(Charge(tensors, charge.flops, charge.call, charge.share))
 
 
@@ -360,11 +361,10 @@ class _Window:
         self.node = node
         self.parts: list[Charge] = []
         self.sources: dict[int, int] = {}  # bit set of `parts` that made what lies in a memory
-        self.alive: list[Any] = []  # so that no memory is used twice
 
     def note(self, func: Any, parts: list[tuple[Part, Charge]], given: Any, out: Any) -> None:
-        self.alive.append((given, out))
-        before = _union(self.sources.get(key, 0) for key in _memory_of(given))
+        read = _memory_of(given)
+        before = _union(self.sources.get(key, 0) for key in read)
         first = len(self.parts)
         self.parts += [charge for _part, charge in parts]
         for index, tensor in enumerate(_tensors(out)):
@@ -373,15 +373,13 @@ class _Window:
                 for position, (part, _charge) in enumerate(parts)
                 if part.outputs is None or index in part.outputs
             )
-            self._add(tensor, before | mine)
+            key = _memory(tensor)
+            # where nothing was read from it, memory is new, though something that is gone may have lain there
+            self.sources[key] = before | mine | (self.sources.get(key, 0) if key in read else 0)
         if func._schema.is_mutable:
             everything = before | _union(1 << (first + position) for position in range(len(parts)))
             for tensor in _written(func, given):
-                self._add(tensor, everything)
-
-    def _add(self, tensor: Tensor, sources: int) -> None:
-        key = _memory(tensor)
-        self.sources[key] = self.sources.get(key, 0) | sources
+                self.sources[_memory(tensor)] = everything
 
     def charges(self, gradients: Sequence[Tensor | None]) -> list[Charge]:
         """Each part of the work, charged to the tensors below the edges whose gradients it went into."""

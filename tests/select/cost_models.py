@@ -124,7 +124,7 @@ def counted(model: nn.Module, batch: Batch, names: Sequence[str]) -> float:
     return float(counter.total)
 
 
-def selections(names: Sequence[str], count: int = 3) -> list[list[str]]:
+def selections(names: Sequence[str], count: int = 1) -> list[list[str]]:
     """All of ``names``, single ones, and random ones."""
     choose = random.Random(0)
     singles = [[name] for name in choose.sample(list(names), count)]

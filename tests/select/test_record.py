@@ -45,10 +45,14 @@ def test_an_encoder_beside_a_decoder_costs_what_it_executes_within_one_percent(c
     graph = record(model, translation())
     for names in selections(trained(model)):
         assert graph.step(names) == pytest.approx(counted(model, translation(), names), rel=0.01), names
+
+
+def test_an_encoder_is_reached_past_the_decoder() -> None:
+    graph = record(t5(), translation())
     encoder, decoder = "encoder.block.1.layer.1.DenseReluDense.wo.weight", "decoder.block.0.layer.2.layer_norm.weight"
     cross = {"decoder.block.1.layer.1.EncDecAttention.k.weight", "decoder.block.1.layer.1.EncDecAttention.q.weight"}
     users = needed_by(graph, [encoder, decoder, *cross])
-    assert {encoder} in users  # reached through keys and values, not through the decoder's own path
+    assert {encoder} in users  # through keys and values, not along the decoder's own path
     assert {encoder, decoder, *cross} in users  # in front of the upper block of the decoder
 
 
