@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     from peftkern.select.savings import Savings as Savings
     from peftkern.select.savings import compute_savings as compute_savings
     from peftkern.select.selection import Selection as Selection
+    from peftkern.select.solver import BudgetError as BudgetError
+    from peftkern.select.solver import Solution as Solution
+    from peftkern.select.solver import solve as solve
     from peftkern.select.unit_importance import UnitImportance as UnitImportance
     from peftkern.select.unit_importance import measure_importance as measure_importance
     from peftkern.select.view import SelectionView as SelectionView
     from peftkern.select.view import view_history as view_history
 
 _LAZY = {
+    "BudgetError": "peftkern.select.solver",
     "CoFiTune": "peftkern.select.cofitune",
     "CostGraph": "peftkern.select.cost_graph",
     "Execution": "peftkern.select.execution",
@@ -42,6 +46,7 @@ _LAZY = {
     "Segment": "peftkern.select.cost_graph",
     "Selection": "peftkern.select.selection",
     "SelectionView": "peftkern.select.view",
+    "Solution": "peftkern.select.solver",
     "TensorCost": "peftkern.select.cost_graph",
     "UnitImportance": "peftkern.select.unit_importance",
     "apply_guard": "peftkern.select.freeze_as_guard",
@@ -50,6 +55,7 @@ _LAZY = {
     "half_reset": "peftkern.select.half_fine_tuning",
     "measure_importance": "peftkern.select.unit_importance",
     "view_history": "peftkern.select.view",
+    "solve": "peftkern.select.solver",
 }
 
 

@@ -13,6 +13,7 @@ Source: GreenTrainer, Huang et al. 2024 (arXiv:2309.13192), section 3: there the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,9 +106,10 @@ class CostGraph:
         return found
 
     def backward(self, names: Iterable[str]) -> float:
-        """Cost of the backward pass that trains the tensors of these names."""
+        """Cost of the backward pass that trains the tensors of these names: the exact sum, rounded once."""
         chosen = list(dict.fromkeys(names))
-        return sum(self.by_name[name].cost for name in chosen) + sum(self.segments[i].cost for i in self.needed(chosen))
+        segments = (self.segments[index].cost for index in self.needed(chosen))
+        return math.fsum([*(self.by_name[name].cost for name in chosen), *segments])
 
     def step(self, names: Iterable[str]) -> float:
         """Cost of the step that trains the tensors of these names."""
@@ -123,7 +125,8 @@ class CostGraph:
 
         Source: GreenTrainer, section 3.3: its budget includes the forward pass as well.
         """
-        return rho * self.full - self.forward
+        # not rho * full - forward, which rounding can make too small for everything where rho is 1
+        return self.backward(self.by_name) - (1 - rho) * self.full
 
     def smallest(self) -> tuple[str, float]:
         """The tensor that is trained at the lowest cost, and what the step then costs as a share of the full one.
