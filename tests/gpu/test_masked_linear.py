@@ -80,8 +80,9 @@ def _results(problem: Problem, mask: BitMask, backend: str, trained: bool) -> di
 
 
 def _assert_agrees(problem: Problem, mask: BitMask, path: Path, trained: bool = False) -> dict[str, Tensor]:
+    problem, mask = problem.to(DEVICE), mask.to(DEVICE)
     with crossover.forced(path):
-        results = _results(problem.to(DEVICE), mask.to(DEVICE), "triton", trained)
+        results = _results(problem, mask, "triton", trained)
     assert_close(results, _results(problem.double(), mask, "reference", trained), problem.x.dtype)
     return results
 

@@ -383,7 +383,7 @@ def test_a_tensor_kept_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_triton_launch_belongs_to_the_module_that_made_it() -> None:
     class Launching(nn.Module):
         def forward(self, x: Tensor) -> None:
-            launch.launch(stray_kernel, (1,), traffic=launch.Traffic((x,), ()), num_warps=1, num_stages=1)
+            launch.launch(stray_kernel, (1,), x, traffic=lambda: launch.Traffic((x,), ()), num_warps=1, num_stages=1)
 
     model = nn.Sequential(nn.Identity(), Launching())
     assert count(lambda: model(empty(M)), model).kernels == [Kernel("stray_kernel", "1", False, (), 2 * M, 0, 0)]

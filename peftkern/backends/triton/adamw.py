@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.quantize import magnitude_bits
 from peftkern.formats import BitMask
@@ -275,13 +276,13 @@ def adamw(
     common = _Common.of(values, coefficients, age, scale)
     launch(
         adamw_kernel,
-        (triton.cdiv(values.numel(), _ELEMENTS),),
+        (cdiv(values.numel(), _ELEMENTS),),
         values,
         gradient,
         exp_avg,
         exp_avg_sq,
         *common.arguments,
-        traffic=common.traffic((values, exp_avg, exp_avg_sq), gradient),
+        traffic=lambda: common.traffic((values, exp_avg, exp_avg_sq), gradient),
         num_warps=_NUM_WARPS[32],
         num_stages=1,
         **common.constants,
@@ -309,14 +310,14 @@ def adamw_8bit(
     mean, square = (_moment_tables(signed, values.device) for signed in (True, False))
     launch(
         adamw_8bit_kernel,
-        (triton.cdiv(values.numel(), _ELEMENTS),),
+        (cdiv(values.numel(), _ELEMENTS),),
         values,
         gradient,
         (state1, state2),
         (absmax1, absmax2),
         *zip(mean, square, strict=True),
         *common.arguments,
-        traffic=common.traffic((values, state1, state2, absmax1, absmax2), gradient),
+        traffic=lambda: common.traffic((values, state1, state2, absmax1, absmax2), gradient),
         num_warps=_NUM_WARPS[8],
         num_stages=1,
         BLOCK_SIZE=MOMENT_BLOCK_SIZE,

@@ -19,6 +19,7 @@ from torch import Tensor
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, token_parts
 from peftkern.backends.triton.dropout import keep_factor
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import select
 from peftkern.backends.triton.reduce import parts_of, sum_parts
@@ -120,12 +121,17 @@ def pull(
     tokens = grads[0].shape[0]
     out_features = tuple(grad.shape[1] for grad in grads)
     parts = 1 if g is None else g.shape[0]
-    wanted = (g is not None) + (grad_B is not None)
-    read = (*grads, *(slots.lora_B if g is not None else ()), *(slots.part_of(h) if grad_B is not None else ()))
-    written = (*(slots.part_of(g) if g is not None else ()), *(grad_B or ()))
+
+    def traffic() -> Traffic:
+        read = (*grads, *(slots.lora_B if g is not None else ()), *(slots.part_of(h) if grad_B is not None else ()))
+        written = (*(slots.part_of(g) if g is not None else ()), *(grad_B or ()))
+        wanted = (g is not None) + (grad_B is not None)
+        flops = 2 * wanted * tokens * sum(n * r for n, r in zip(out_features, slots.ranks, strict=True))
+        return Traffic(read, written, flops=flops)
+
     launch(
         pull_kernel,
-        (triton.cdiv(tokens, tile.tokens), len(grads) * parts),
+        (cdiv(tokens, tile.tokens), len(grads) * parts),
         tuple(grads),
         slots.lora_B,
         h,
@@ -141,11 +147,7 @@ def pull(
         slots.ranks,
         slots.columns,
         slots.scaling,
-        traffic=Traffic(
-            read,
-            written,
-            flops=2 * wanted * tokens * sum(n * r for n, r in zip(out_features, slots.ranks, strict=True)),
-        ),
+        traffic=traffic,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         MEMBERS=len(grads),
@@ -268,10 +270,10 @@ def push(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     tokens, in_features = x.shape
-    strips = triton.cdiv(in_features, tile.columns)
+    strips = cdiv(in_features, tile.columns)
     parts = token_parts(tokens, strips)
-    token_part = triton.cdiv(triton.cdiv(tokens, parts), tile.tokens) * tile.tokens
-    parts = triton.cdiv(tokens, token_part)
+    token_part = cdiv(cdiv(tokens, parts), tile.tokens) * tile.tokens
+    parts = cdiv(tokens, token_part)
     results = [parts_of(gradient, parts) for gradient in grad_A]
     launch(
         push_kernel,
@@ -289,7 +291,7 @@ def push(
         slots.ranks,
         slots.columns,
         token_part,
-        traffic=Traffic((x, up, *slots.part_of(g)), results, flops=2 * tokens * in_features * sum(slots.ranks)),
+        traffic=lambda: Traffic((x, up, *slots.part_of(g)), results, flops=2 * tokens * in_features * sum(slots.ranks)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         GATED=up is not None,

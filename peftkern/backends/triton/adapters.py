@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from peftkern.backends.triton.dropout import NO_MASK, Mask, mask_arguments
+from peftkern.backends.triton.integers import next_power_of_two
 from peftkern.ops.lora_linear import Adapters
 
 SMALLEST_RANK = 16
@@ -42,33 +43,35 @@ class Slots:
     def __len__(self) -> int:
         return len(self.lora_A)
 
-    @property
+    @cached_property
     def ranks(self) -> tuple[int, ...]:
         """r of each."""
         return tuple(lora_A.shape[0] for lora_A in self.lora_A)
 
-    @property
+    @cached_property
     def a_strides(self) -> tuple[int, ...]:
         """Elements from row to row of each A."""
         return tuple(lora_A.stride(0) for lora_A in self.lora_A)
 
-    @property
+    @cached_property
     def b_strides(self) -> tuple[int, ...]:
         """Elements from row to row of each B."""
         return tuple(lora_B.stride(0) for lora_B in self.lora_B)
 
-    @property
+    @cached_property
     def padded_rank(self) -> int:
         """The greatest r as kernels are compiled for it: a power of two."""
-        return max(SMALLEST_RANK, int(triton.next_power_of_2(max(self.ranks))))
+        return max(SMALLEST_RANK, next_power_of_two(max(self.ranks)))
 
-    @property
+    @cached_property
     def dropout(self) -> bool:
         """Whether some slot drops elements."""
         return any(mask.threshold != NO_MASK.threshold for mask in self.masks)
 
     def only(self, numbers: Sequence[int]) -> Slots:
         """Some of the slots."""
+        if len(numbers) == len(self):
+            return self
 
         def pick(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[number] for number in numbers)
@@ -103,8 +106,7 @@ def launches_of(slots: Slots, members: int) -> list[Slots]:
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
-    matrix = matrix.detach()
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.detach().contiguous()
 
 
 def total_rank(members: Sequence[Adapters]) -> int:

@@ -8,9 +8,11 @@ for every architecture.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
+from peftkern.backends.triton.integers import next_power_of_two
 from peftkern.backends.triton.paths import FEW_TOKENS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -113,6 +115,7 @@ _TIGHT_TILES: dict[str, dict[int, Tile]] = {
 activations gathered one by one."""
 
 
+@lru_cache(maxsize=4096)
 def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, tight: bool = False) -> Tile:
     """The row for a call.
 
@@ -129,7 +132,7 @@ def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, ti
     """
     family, bits = _FAMILY[_known(architecture)], 8 * dtype.itemsize
     tile = _TIGHT_TILES[kernel][bits] if tight else _TILES[kernel][family, bits]
-    return replace(tile, tokens=min(tile.tokens, max(16, _next_power_of_two(tokens))))
+    return replace(tile, tokens=min(tile.tokens, max(16, next_power_of_two(tokens))))
 
 
 def _known(architecture: int) -> int:
@@ -137,10 +140,6 @@ def _known(architecture: int) -> int:
     if not known:
         raise ValueError(f"tile_for: architecture must be at least {ARCHITECTURES[0]}, got {architecture}")
     return known[-1]
-
-
-def _next_power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
 
 
 def token_parts(tokens: int, tiles: int) -> int:

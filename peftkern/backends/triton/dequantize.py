@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.triton.decode import FOUR_BIT, ONE_OVER_127, load_masked, load_scales, load_table
+from peftkern.backends.triton.integers import cdiv, next_power_of_two
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.weights import INT8, WeightArguments, weight_arguments
@@ -139,12 +140,12 @@ def _decode_blocks(arguments: WeightArguments, outs: Sequence[Tensor]) -> None:
     element_counts = tuple(out.numel() for out in outs)
     launch(
         dequantize_blocks_kernel,
-        (sum(triton.cdiv(count, ELEMENTS) for count in element_counts),),
+        (sum(cdiv(count, ELEMENTS) for count in element_counts),),
         arguments.pointers,
         tuple(outs),
         element_counts,
         tuple(packed.numel() for packed in arguments.pointers[0]),
-        traffic=Traffic(arguments.tensors, outs, flops=sum(element_counts)),
+        traffic=lambda: Traffic(arguments.tensors, outs, flops=sum(element_counts)),
         num_warps=NUM_WARPS,
         num_stages=1,
         MEMBERS=len(outs),
@@ -159,16 +160,16 @@ def _decode_blocks(arguments: WeightArguments, outs: Sequence[Tensor]) -> None:
 def _decode_rows(arguments: WeightArguments, outs: Sequence[Tensor]) -> None:
     row_counts = tuple(out.shape[0] for out in outs)
     column_count = outs[0].shape[1]
-    columns = min(triton.next_power_of_2(column_count), ROW_ELEMENTS)
+    columns = min(next_power_of_two(column_count), ROW_ELEMENTS)
     rows = ROW_ELEMENTS // columns
     launch(
         dequantize_rows_kernel,
-        (sum(triton.cdiv(count, rows) for count in row_counts), triton.cdiv(column_count, columns)),
+        (sum(cdiv(count, rows) for count in row_counts), cdiv(column_count, columns)),
         arguments.pointers,
         tuple(outs),
         row_counts,
         column_count,
-        traffic=Traffic(arguments.tensors, outs, flops=2 * sum(row_counts) * column_count),
+        traffic=lambda: Traffic(arguments.tensors, outs, flops=2 * sum(row_counts) * column_count),
         num_warps=NUM_WARPS,
         num_stages=1,
         MEMBERS=len(outs),

@@ -17,6 +17,7 @@ from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
 from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
 from peftkern.backends.triton.dropout import NO_MASK
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.project import add_projection
@@ -180,10 +181,10 @@ def few_tokens(
     """
     tokens, in_features = x.shape
     out_features = tuple(part.shape[1] for part in y)
-    out_tiles = sum(triton.cdiv(count, tile.columns) for count in out_features)
-    parts = inner_parts(out_tiles, triton.cdiv(in_features, tile.inner))
-    part_columns = triton.cdiv(triton.cdiv(in_features, tile.inner), parts) * tile.inner
-    parts = triton.cdiv(in_features, part_columns)
+    out_tiles = sum(cdiv(count, tile.columns) for count in out_features)
+    parts = inner_parts(out_tiles, cdiv(in_features, tile.inner))
+    part_columns = cdiv(cdiv(in_features, tile.inner), parts) * tile.inner
+    parts = cdiv(in_features, part_columns)
     y_parts = [parts_of(result, parts) for result in y]
     h_parts = parts_of(h, parts)
     launch(
@@ -209,7 +210,7 @@ def few_tokens(
         slots.ranks or (0,),
         slots.columns or (0,),
         slots.scaling or (0.0,),
-        traffic=Traffic(
+        traffic=lambda: Traffic(
             (x, *weight.tensors, *slots.lora_A, *slots.lora_B, *(bias or ())),
             (*y_parts, h_parts),
             flops=2 * tokens * sum(out_features) * in_features,

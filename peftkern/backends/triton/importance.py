@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.integers import cdiv, next_power_of_two
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.ops.importance import KINDS
 
@@ -88,12 +89,12 @@ def accumulate_importance(total: Tensor, gradient: Tensor, kind: str, other: Ten
         return
     launch(
         accumulate_importance_kernel,
-        (triton.cdiv(total.numel(), _ELEMENTS),),
+        (cdiv(total.numel(), _ELEMENTS),),
         total,
         gradient,
         gradient if other is None else other,
         total.numel(),
-        traffic=Traffic((total, gradient, other), (total,), flops=(1 if kind == "sum" else 2) * total.numel()),
+        traffic=lambda: Traffic((total, gradient, other), (total,), flops=(1 if kind == "sum" else 2) * total.numel()),
         num_warps=_NUM_WARPS,
         num_stages=1,
         KIND=_NUMBERS[kind],
@@ -112,31 +113,31 @@ def importance_dot(gradient: Tensor, delta: Tensor) -> Tensor:
 def _sum_rows(gradient: Tensor, other: Tensor | None, kind: str, sums: Tensor, add: bool) -> None:
     """``sums``, [rows] float32, of all but the first dimension; with ``add`` onto what it holds."""
     rows, columns = gradient.shape[0], gradient.numel() // gradient.shape[0]
-    parts = triton.cdiv(columns, _PART_COLUMNS)
+    parts = cdiv(columns, _PART_COLUMNS)
     if parts == 1:
         _sum_parts(gradient, other, kind, sums, 1, _PART_COLUMNS, add)
         return
     partial = torch.empty(rows, parts, dtype=torch.float64, device=sums.device)
     _sum_parts(gradient, other, kind, partial, parts, _PART_COLUMNS, False)
-    _sum_parts(partial, None, "sum", sums, 1, triton.next_power_of_2(parts), add)
+    _sum_parts(partial, None, "sum", sums, 1, next_power_of_two(parts), add)
 
 
 def _sum_parts(
     gradient: Tensor, other: Tensor | None, kind: str, sums: Tensor, parts: int, part_columns: int, add: bool
 ) -> None:
     rows, columns = gradient.shape[0], gradient.numel() // gradient.shape[0]
-    tile_columns = min(triton.next_power_of_2(columns), _ELEMENTS)
+    tile_columns = min(next_power_of_two(columns), _ELEMENTS)
     tile_rows = _ELEMENTS // tile_columns
     launch(
         sum_terms_kernel,
-        (triton.cdiv(rows, tile_rows) * parts,),
+        (cdiv(rows, tile_rows) * parts,),
         gradient,
         gradient if other is None else other,
         sums,
         rows,
         columns,
         parts,
-        traffic=Traffic((gradient, other, sums if add else None), (sums,), flops=2 * gradient.numel()),
+        traffic=lambda: Traffic((gradient, other, sums if add else None), (sums,), flops=2 * gradient.numel()),
         num_warps=_NUM_WARPS,
         num_stages=1,
         KIND=_NUMBERS[kind],

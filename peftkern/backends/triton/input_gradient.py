@@ -16,6 +16,7 @@ from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile, inner_parts
 from peftkern.backends.triton.decode import load_tables, load_tile
 from peftkern.backends.triton.dropout import NO_MASK, keep_factor
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.paths import FEW_TOKENS
 from peftkern.backends.triton.product import swizzle
@@ -195,10 +196,10 @@ def input_gradient(
     tokens, in_features = grad_x.shape
     out_features = tuple(grad.shape[1] for grad in grads)
     pointers = (grads[0],) * 6 if weight is None else weight.pointers
-    tiles = triton.cdiv(tokens, tile.tokens) * triton.cdiv(in_features, tile.columns)
+    tiles = cdiv(tokens, tile.tokens) * cdiv(in_features, tile.columns)
     parts = 1
     if tokens <= FEW_TOKENS and weight is not None:
-        parts = inner_parts(tiles, triton.cdiv(min(out_features), tile.inner))
+        parts = inner_parts(tiles, cdiv(min(out_features), tile.inner))
     result = parts_of(grad_x, parts)
     launch(
         input_gradient_kernel,
@@ -219,7 +220,7 @@ def input_gradient(
         slots.ranks or (0,),
         slots.columns or (0,),
         parts,
-        traffic=Traffic(
+        traffic=lambda: Traffic(
             (*((*grads, *weight.tensors) if weight else ()), *slots.part_of(g), *slots.lora_A),
             (result,),
             flops=2 * tokens * in_features * (sum(out_features) * (weight is not None) + sum(slots.ranks)),

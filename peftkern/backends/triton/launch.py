@@ -7,10 +7,11 @@ training step on the ``meta`` device (``peftkern bench traffic-bytes``) by runni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 COMPILER_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": False}
@@ -106,7 +107,7 @@ def launch(
     kernel: Any,
     grid: tuple[int, ...],
     *arguments: Any,
-    traffic: Traffic,
+    traffic: Callable[[], Traffic],
     num_warps: int,
     num_stages: int,
     **constants: Any,
@@ -117,26 +118,97 @@ def launch(
         kernel: a ``@triton.jit`` function.
         grid: programs along each axis, at least one.
         arguments: of the kernel, up to its constants; tuples of tensors and numbers included.
-        traffic: what is read and written.
+        traffic: says what is read and written; asked only while somebody records.
         num_warps: warps of one program.
         num_stages: iterations whose loads are in flight.
         constants: the kernel's ``tl.constexpr`` parameters.
     """
-    tensors = [tensor for tensor in (*traffic.reads, *traffic.writes) if tensor is not None]
+    tensor = _first_tensor(arguments)
     call = Call(kernel, grid, arguments, constants, num_warps, num_stages)
-    counted_only = tensors[0].is_meta
-    if is_recording():
-        _record(call, traffic, counted_only)
-    if counted_only:
+    if _recordings or _observers:
+        _record(call, traffic(), tensor.is_meta)
+    if tensor.is_meta:
         return
-    with _device_of(tensors[0]):
+    with nullcontext() if tensor.get_device() == _current_device() else torch.cuda.device_of(tensor):
         repeat(call)
+
+
+def _first_tensor(arguments: tuple[Any, ...]) -> Tensor:
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            return argument
+        if isinstance(argument, tuple) and argument:
+            return _first_tensor(argument)
+    raise TypeError("launch: a kernel needs a tensor among its arguments")
+
+
+# ---- the host's part of a launch
+#
+# Triton looks at every argument and option anew before each launch, which takes the host longer than the GPU needs for
+# the kernel. What it compiles depends on little of that, so what it has compiled is found here by that little.
 
 
 def repeat(call: Call) -> None:
     """Launch again what :func:`launch` has launched on the current device, on its current stream."""
+    deciding: list[Any] = [id(call.kernel), _current_device(), call.num_warps, call.num_stages]
+    deciding += call.constants.values()
+    arguments = _plain(call.arguments, deciding)
+    key = tuple(deciding)
+    found = _compiled.get(key)
+    if found is None:
+        _launch_first(call, key)
+        return
+    compiled, constants = found
+    compiled[(*call.grid, 1, 1)[:3]](*arguments, *constants)
+
+
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Kernels and the values of their constants, in the order of the kernel's parameters."""
+
+
+def _launch_first(call: Call, key: tuple[Any, ...]) -> None:
+    """Let Triton launch; what it has compiled is kept. Whatever executes kernels in its place gives nothing to keep."""
+    from triton.compiler import CompiledKernel
+
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, **COMPILER_OPTIONS}
-    call.kernel[call.grid](*call.arguments, **call.constants, **options)
+    compiled = call.kernel[call.grid](*call.arguments, **call.constants, **options)
+    if isinstance(compiled, CompiledKernel):
+        names = call.kernel.arg_names[len(call.arguments) :]
+        _compiled[key] = compiled, tuple(call.constants[name] for name in names)
+
+
+def _current_device() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+
+
+def _plain(arguments: tuple[Any, ...], deciding: list[Any]) -> tuple[Any, ...]:
+    """``arguments`` with addresses for tensors; what Triton compiles for is added to ``deciding``.
+
+    That is of a tensor its dtype and whether 16 divides its address, and of a whole number whether it is 1, whether 16
+    divides it, and its width.
+    """
+    plain: list[Any] = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind is int:
+            plain.append(argument)
+            deciding.append(1 if argument == 1 else (argument % 16 == 0, _width(argument)))
+        elif kind is tuple:
+            deciding.append(len(argument))
+            plain.append(_plain(argument, deciding))
+        elif isinstance(argument, Tensor):
+            address = argument.data_ptr()
+            plain.append(address)
+            deciding += (argument.dtype, address % 16 == 0)
+        else:
+            plain.append(argument)
+            deciding.append(argument if argument is None else kind)
+    return tuple(plain)
+
+
+def _width(number: int) -> int:
+    """0 for an int32, 1 for an int64, 2 for an uint64."""
+    return 0 if -(1 << 31) <= number < 1 << 31 else 1 if number < 1 << 63 else 2
 
 
 def unremarkable(number: int) -> int:
@@ -158,9 +230,3 @@ def _record(call: Call, traffic: Traffic, counted_only: bool) -> None:
 
 def _bytes(tensors: Sequence[Tensor | None]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def _device_of(tensor: Tensor) -> Any:
-    import torch
-
-    return torch.cuda.device_of(tensor)

@@ -347,12 +347,15 @@ def _dense(weights: Sequence[Weight], like: Tensor) -> Sequence[Tensor]:
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:
-    matrix = matrix.detach().resolve_neg()
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    if matrix.is_neg():
+        matrix = matrix.detach().resolve_neg()
+    return matrix if matrix.stride(1) == 1 else matrix.detach().contiguous()
 
 
 def _uniform(members: Sequence[Member], grads: Sequence[Tensor | None] | None = None) -> list[tuple[int, int]]:
     """Runs [first, last) of at most three members that can share a launch."""
+    if len(members) == 1:
+        return [(0, 1)]
     keys = [
         (
             weight_kind(member.weight),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
+from peftkern.backends.triton.integers import cdiv, next_power_of_two
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.weights import weight_arguments
 from peftkern.formats.bit_mask import BitMask
@@ -99,11 +100,11 @@ def masked_dequantize(weight: Weight, mask: BitMask, out: Tensor) -> None:
         return
     arguments = weight_arguments([weight])
     bits = mask.bits.contiguous()
-    columns = min(max(triton.next_power_of_2(column_count), _LEAST_COLUMNS), _COLUMNS)
+    columns = min(max(next_power_of_two(column_count), _LEAST_COLUMNS), _COLUMNS)
     rows = _ELEMENTS // columns
     launch(
         masked_dequantize_kernel,
-        (triton.cdiv(row_count, rows), triton.cdiv(column_count, columns)),
+        (cdiv(row_count, rows), cdiv(column_count, columns)),
         arguments.pointers,
         bits,
         out,
@@ -112,7 +113,7 @@ def masked_dequantize(weight: Weight, mask: BitMask, out: Tensor) -> None:
         row_count,
         column_count,
         bits.shape[1],
-        traffic=Traffic([*arguments.tensors, bits], [out], flops=out.numel()),
+        traffic=lambda: Traffic([*arguments.tensors, bits], [out], flops=out.numel()),
         num_warps=_NUM_WARPS,
         num_stages=1,
         ROWS=rows,

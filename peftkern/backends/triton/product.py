@@ -15,6 +15,7 @@ from torch import Tensor
 from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile
 from peftkern.backends.triton.decode import load_masked, load_tables, load_tile
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select, select_weight
 from peftkern.backends.triton.weights import NO_WEIGHT, WeightArguments
@@ -177,10 +178,10 @@ def product(
     # Without a base product or adapters some pointers are never read; a kernel takes no empty tuples.
     pointers = ((x,),) * 4 + (x, x) if weight is None else weight.pointers
     inner = (in_features if weight is not None else 0) + (sum(slots.ranks) // len(y) if len(slots) else 0)
-    out_tiles = sum(triton.cdiv(count, tile.columns) for count in out_features)
+    out_tiles = sum(cdiv(count, tile.columns) for count in out_features)
     launch(
         product_kernel,
-        (triton.cdiv(tokens, tile.tokens) * out_tiles,),
+        (cdiv(tokens, tile.tokens) * out_tiles,),
         x,
         pointers,
         h,
@@ -196,7 +197,7 @@ def product(
         slots.b_strides or (0,),
         slots.ranks or (0,),
         slots.columns or (0,),
-        traffic=Traffic(
+        traffic=lambda: Traffic(
             (*((x, *weight.tensors) if weight else ()), *slots.part_of(h), *slots.lora_B, *(bias or ())),
             y,
             flops=2 * tokens * sum(out_features) * inner,

@@ -13,6 +13,7 @@ from peftkern.backends.triton.adapters import Slots
 from peftkern.backends.triton.configurations import Tile
 from peftkern.backends.triton.decode import load_masked
 from peftkern.backends.triton.dropout import keep_factor
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 
 
@@ -140,7 +141,7 @@ def project(x: Tensor, slots: Slots, h: Tensor, tile: Tile, precision: str) -> N
     tokens, in_features = x.shape
     launch(
         project_kernel,
-        (triton.cdiv(tokens, tile.tokens),),
+        (cdiv(tokens, tile.tokens),),
         x,
         slots.lora_A,
         slots.masks,
@@ -153,7 +154,9 @@ def project(x: Tensor, slots: Slots, h: Tensor, tile: Tile, precision: str) -> N
         slots.ranks,
         slots.columns,
         slots.scaling,
-        traffic=Traffic((x, *slots.lora_A), slots.part_of(h), flops=2 * tokens * in_features * sum(slots.ranks)),
+        traffic=lambda: Traffic(
+            (x, *slots.lora_A), slots.part_of(h), flops=2 * tokens * in_features * sum(slots.ranks)
+        ),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         SLOTS=len(slots),

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.backends.triton.decode import load_masked
+from peftkern.backends.triton.integers import cdiv, next_power_of_two
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.formats import QuantizedTensor
 from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count
@@ -206,14 +207,14 @@ def _quantize_4bit(values: Tensor, format: str, block_size: int) -> tuple[Tensor
         return packed, scales
     launch(
         quantize_4bit_kernel,
-        (triton.cdiv(count, ELEMENTS),),
+        (cdiv(count, ELEMENTS),),
         values,
         packed,
         scales,
         *four_bit_bounds(format, values.device),
         count,
         packed.numel(),
-        traffic=Traffic([values], [packed, scales]),
+        traffic=lambda: Traffic([values], [packed, scales]),
         num_warps=NUM_WARPS,
         num_stages=1,
         ELEMENTS=ELEMENTS,
@@ -231,13 +232,13 @@ def _quantize_8bit(values: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
         return packed, scales
     launch(
         quantize_8bit_kernel,
-        (triton.cdiv(count, ELEMENTS),),
+        (cdiv(count, ELEMENTS),),
         values,
         packed,
         scales,
         dynamic_grid(values.device),
         count,
-        traffic=Traffic([values], [packed, scales]),
+        traffic=lambda: Traffic([values], [packed, scales]),
         num_warps=NUM_WARPS,
         num_stages=1,
         ELEMENTS=ELEMENTS,
@@ -252,17 +253,17 @@ def _quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     packed, scales = _new(values, rows * columns, torch.int8, rows)
     if rows == 0:
         return packed, scales
-    tile_columns = min(triton.next_power_of_2(columns), ROW_ELEMENTS)
+    tile_columns = min(next_power_of_two(columns), ROW_ELEMENTS)
     tile_rows = ROW_ELEMENTS // tile_columns
     launch(
         quantize_rows_kernel,
-        (triton.cdiv(rows, tile_rows),),
+        (cdiv(rows, tile_rows),),
         values,
         packed,
         scales,
         rows,
         columns,
-        traffic=Traffic([values], [packed, scales]),
+        traffic=lambda: Traffic([values], [packed, scales]),
         num_warps=NUM_WARPS,
         num_stages=1,
         ROWS=tile_rows,

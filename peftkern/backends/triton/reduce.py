@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.members import owner, select
 
@@ -42,12 +43,12 @@ def sum_parts(parts: Sequence[Tensor], totals: Sequence[Tensor]) -> None:
     sizes = tuple(total.numel() for total in totals)
     launch(
         sum_parts_kernel,
-        (sum(triton.cdiv(size, _BLOCK) for size in sizes),),
+        (sum(cdiv(size, _BLOCK) for size in sizes),),
         tuple(parts),
         tuple(totals),
         sizes,
         tuple(part.shape[0] for part in parts),
-        traffic=Traffic(parts, totals, flops=sum(part.numel() for part in parts)),
+        traffic=lambda: Traffic(parts, totals, flops=sum(part.numel() for part in parts)),
         num_warps=4,
         num_stages=1,
         COUNT=len(sizes),

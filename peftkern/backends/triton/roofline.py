@@ -32,6 +32,7 @@ import torch
 
 from peftkern.backends.triton.configurations import Tile, inner_parts, tile_for
 from peftkern.backends.triton.devices import Rates
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.paths import FEW_TOKENS, Path
 
 Direction = Literal["forward", "backward"]
@@ -138,7 +139,7 @@ def estimate(path: Path, product: Product, rates: Rates) -> float:
 
 def _few(product: Product, rates: Rates) -> float:
     tile = _tile("few", product, rates)
-    parts = inner_parts(_cdiv(product.columns, tile.columns), _cdiv(product.depth, tile.inner))
+    parts = inner_parts(cdiv(product.columns, tile.columns), cdiv(product.depth, tile.inner))
     partial = 4 * parts * product.tokens * product.columns if parts > 1 else 0
     written = partial if partial else product.result_bytes
     compute = product.flops / _own_rate(product, rates)
@@ -152,7 +153,7 @@ def _few(product: Product, rates: Rates) -> float:
 
 def _fused(product: Product, rates: Rates) -> float:
     tile = _tile("fused", product, rates)
-    repeats = _cdiv(product.tokens, tile.tokens) * _idle(product, tile, rates)
+    repeats = cdiv(product.tokens, tile.tokens) * _idle(product, tile, rates)
     compute = _own_seconds(product, tile, rates) + _decode_seconds(product, rates) * repeats
     moved = product.weight_bytes + product.operand_bytes + product.result_bytes
     return _project(product, rates) + _launch(rates, moved, compute)
@@ -221,18 +222,14 @@ def _tile(kernel: str, product: Product, rates: Rates) -> Tile:
 
 def _own_seconds(product: Product, tile: Tile, rates: Rates) -> float:
     """Arithmetic of our product, in whole tiles and whole waves."""
-    rows = _cdiv(product.tokens, tile.tokens) * tile.tokens
-    columns = _cdiv(product.columns, tile.columns) * tile.columns
+    rows = cdiv(product.tokens, tile.tokens) * tile.tokens
+    columns = cdiv(product.columns, tile.columns) * tile.columns
     padded = 2 * rows * columns * product.depth
     return padded / _own_rate(product, rates) * _idle(product, tile, rates)
 
 
 def _idle(product: Product, tile: Tile, rates: Rates) -> float:
     """How much longer the waves take than if every multiprocessor were always busy."""
-    tiles = _cdiv(product.tokens, tile.tokens) * _cdiv(product.columns, tile.columns)
-    waves = _cdiv(tiles, rates.multiprocessors)
+    tiles = cdiv(product.tokens, tile.tokens) * cdiv(product.columns, tile.columns)
+    waves = cdiv(tiles, rates.multiprocessors)
     return waves * rates.multiprocessors / tiles
-
-
-def _cdiv(value: int, divisor: int) -> int:
-    return -(-value // divisor)

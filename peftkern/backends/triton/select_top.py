@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch, unremarkable
 from peftkern.ops.select_top import BUCKETS, SCORES, Scored
 
@@ -184,7 +185,7 @@ def score_collect_kernel(
 def score_histogram(entry: Scored, shift: int, bits: int, prefix: int) -> Tensor:
     """See :func:`peftkern.ops.select_top.score_histogram_reference`."""
     excluded = 0 if entry.exclude is None else entry.exclude.numel()
-    programs = max(1, min(triton.cdiv(entry.elements, _BLOCK), _PROGRAMS))
+    programs = max(1, min(cdiv(entry.elements, _BLOCK), _PROGRAMS))
     counts = torch.zeros(programs, BUCKETS, dtype=torch.int32, device=entry.a.device)
     _count(entry, entry.elements, None, counts, shift, bits, prefix)
     _count(entry, excluded, entry.exclude, counts, shift, bits, prefix)
@@ -201,14 +202,14 @@ def _count(
         return
     launch(
         score_histogram_kernel,
-        (min(triton.cdiv(count, _BLOCK), counts.shape[0]),),
+        (min(cdiv(count, _BLOCK), counts.shape[0]),),
         *_operands(entry),
         entry.a if listed is None else listed,
         counts,
         count,
         _columns(entry),
         unremarkable(prefix),
-        traffic=Traffic((entry.a, entry.other) if listed is None else (listed,), (counts,)),
+        traffic=lambda: Traffic((entry.a, entry.other) if listed is None else (listed,), (counts,)),
         num_warps=_NUM_WARPS,
         num_stages=1,
         SCORE=_NUMBERS[entry.score],
@@ -224,7 +225,7 @@ def score_collect(entry: Scored, key: int, ties: int, count: int) -> Tensor:
     """See :func:`peftkern.ops.select_top.score_collect_reference`."""
     device = entry.a.device
     indices = torch.empty(count, dtype=torch.int64, device=device)
-    tiles = triton.cdiv(entry.elements, _BLOCK)
+    tiles = cdiv(entry.elements, _BLOCK)
     if tiles == 0:
         return indices
     excluded = 0 if entry.exclude is None else entry.exclude.numel()
@@ -242,7 +243,7 @@ def score_collect(entry: Scored, key: int, ties: int, count: int) -> Tensor:
         counts,
         *sizes,
         *looked_for,
-        traffic=Traffic(reads, (counts,)),
+        traffic=lambda: Traffic(reads, (counts,)),
         num_warps=_NUM_WARPS,
         num_stages=1,
         **constants,
@@ -258,7 +259,7 @@ def score_collect(entry: Scored, key: int, ties: int, count: int) -> Tensor:
         *sizes,
         unremarkable(ties),
         *looked_for,
-        traffic=Traffic((*reads, before), (indices,)),
+        traffic=lambda: Traffic((*reads, before), (indices,)),
         num_warps=_NUM_WARPS,
         num_stages=1,
         **constants,

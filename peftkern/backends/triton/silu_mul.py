@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 
 _BLOCK = 1024
@@ -53,12 +54,12 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if y.numel() > 0:
         launch(
             silu_mul_kernel,
-            (triton.cdiv(y.numel(), _BLOCK),),
+            (cdiv(y.numel(), _BLOCK),),
             gate,
             up,
             y,
             y.numel(),
-            traffic=Traffic((gate, up), (y,), flops=5 * y.numel()),
+            traffic=lambda: Traffic((gate, up), (y,), flops=5 * y.numel()),
             num_warps=_NUM_WARPS,
             num_stages=1,
             BLOCK=_BLOCK,
@@ -77,14 +78,16 @@ def silu_mul_backward(
     if gate.numel() > 0:
         launch(
             silu_mul_backward_kernel,
-            (triton.cdiv(gate.numel(), _BLOCK),),
+            (cdiv(gate.numel(), _BLOCK),),
             grad,
             gate,
             gate if up is None else up,
             gate if grad_gate is None else grad_gate,
             gate if grad_up is None else grad_up,
             gate.numel(),
-            traffic=Traffic((grad, gate, up if need_gate else None), (grad_gate, grad_up), flops=9 * gate.numel()),
+            traffic=lambda: Traffic(
+                (grad, gate, up if need_gate else None), (grad_gate, grad_up), flops=9 * gate.numel()
+            ),
             num_warps=_NUM_WARPS,
             num_stages=1,
             NEED_GATE=need_gate,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from peftkern.backends.triton.configurations import Tile, tile_for
 from peftkern.backends.triton.crossover import device_key
+from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.launch import Traffic, launch
 from peftkern.backends.triton.reduce import parts_of, sum_parts
 from peftkern.backends.triton.scratch import scratch
@@ -232,11 +233,11 @@ def _product(source: Tensor, walk: _Walk, target: Tensor | None, pair: Tensor | 
     major, minor = device_key(source).capability
     tile = tile_for("sparse", 10 * major + minor, source.dtype, tokens, tight=not copied)
     step = _MOST_COPIED_TOKENS if copied else tokens
-    parts = None if gradients is None else parts_of(gradients, triton.cdiv(tokens, tile.tokens))
+    parts = None if gradients is None else parts_of(gradients, cdiv(tokens, tile.tokens))
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
         rows = slice(begin, end)
-        some = None if parts is None else parts.view(-1, entries)[begin // tile.tokens : triton.cdiv(end, tile.tokens)]
+        some = None if parts is None else parts.view(-1, entries)[begin // tile.tokens : cdiv(end, tile.tokens)]
         _slice(
             source[rows],
             walk,
@@ -268,7 +269,7 @@ def _slice(
     single = torch.float32 in (source.dtype, source.dtype if pair is None else pair.dtype)
     launch(
         sparse_product_kernel,
-        (triton.cdiv(features, tile.columns), triton.cdiv(tokens, tile.tokens)),
+        (cdiv(features, tile.columns), cdiv(tokens, tile.tokens)),
         source,
         walk.values,
         walk.offsets,
@@ -284,7 +285,7 @@ def _slice(
         (0, 0) if target is None else target.stride(),
         (0, 0) if pair is None else pair.stride(),
         float(walk.scaling),
-        traffic=Traffic(
+        traffic=lambda: Traffic(
             (source, walk.offsets, walk.others, walk.order, pair, target, None if target is None else walk.values),
             (target, parts),
             flops=2 * tokens * entries * ((target is not None) + (parts is not None)),
@@ -305,18 +306,18 @@ def _slice(
 def _copy(source: Tensor, tile: Tile) -> Tensor:
     """``source``, [tokens, features], as [features, tokens up to a whole block] in the scratch buffer."""
     tokens, features = source.shape
-    blocks = triton.cdiv(tokens, tile.tokens)
+    blocks = cdiv(tokens, tile.tokens)
     copy = scratch(source, features * blocks * tile.tokens).view(features, blocks * tile.tokens)
     launch(
         transpose_kernel,
-        (triton.cdiv(features, _COPIED_FEATURES), blocks),
+        (cdiv(features, _COPIED_FEATURES), blocks),
         source,
         copy,
         tokens,
         features,
         *source.stride(),
         copy.stride(0),
-        traffic=Traffic((source,), (copy,)),
+        traffic=lambda: Traffic((source,), (copy,)),
         num_warps=8,
         num_stages=1,
         BLOCK_TOKENS=tile.tokens,
