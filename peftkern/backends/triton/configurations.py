@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from peftkern.backends.triton.integers import next_power_of_two
+from peftkern.backends.triton.integers import cdiv, next_power_of_two
 from peftkern.backends.triton.paths import FEW_TOKENS
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -38,6 +38,9 @@ class Tile:
     num_stages: int
 
 
+FEWEST_TOKENS = 16
+"""Tokens that fill the smallest tile of the tensor cores: up to here decoding alone takes time."""
+
 # What decides the rows: sm_80, 90 and 100 give a program 163 KiB of shared memory or more, sm_86, 89 and 120 only 99.
 _LARGE, _SMALL = "163 KiB and more", "99 KiB"
 _FAMILY = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
@@ -45,7 +48,7 @@ _FAMILY = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SM
 _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     # W decoded in the product: 128 tokens share the decoding of a value
     "fused": {
-        (_LARGE, 16): Tile(128, 128, 64, 8, 3),
+        (_LARGE, 16): Tile(128, 64, 64, 4, 3),
         (_SMALL, 16): Tile(128, 128, 64, 8, 2),
         (_LARGE, 32): Tile(64, 64, 16, 8, 2),
         (_SMALL, 32): Tile(64, 64, 16, 8, 2),
@@ -66,10 +69,17 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     },
     # one tile of tokens; columns few, so that many programs share the reading of W
     "few": {
-        (_LARGE, 16): Tile(FEW_TOKENS, 32, 128, 4, 3),
+        (_LARGE, 16): Tile(FEW_TOKENS, 128, 64, 4, 4),
         (_SMALL, 16): Tile(FEW_TOKENS, 32, 128, 4, 2),
         (_LARGE, 32): Tile(FEW_TOKENS, 32, 32, 8, 2),
         (_SMALL, 32): Tile(FEW_TOKENS, 32, 32, 8, 2),
+    },
+    # the same for at most 16 tokens: small programs, of which many share a multiprocessor
+    "fewest": {
+        (_LARGE, 16): Tile(FEWEST_TOKENS, 32, 64, 2, 5),
+        (_SMALL, 16): Tile(FEWEST_TOKENS, 32, 128, 4, 2),
+        (_LARGE, 32): Tile(FEWEST_TOKENS, 32, 32, 8, 2),
+        (_SMALL, 32): Tile(FEWEST_TOKENS, 32, 32, 8, 2),
     },
     # x Aᵀ: bound by reading x, so few tokens a program, many programs
     "project": {
@@ -80,14 +90,14 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     },
     # dY B and dYᵀ h: the more tokens a program takes, the fewer parts of dB are written
     "pull": {
-        (_LARGE, 16): Tile(256, 0, 64, 8, 2),
+        (_LARGE, 16): Tile(128, 0, 64, 4, 3),
         (_SMALL, 16): Tile(128, 0, 64, 8, 2),
         (_LARGE, 32): Tile(64, 0, 32, 4, 2),
         (_SMALL, 32): Tile(64, 0, 32, 4, 2),
     },
     # gᵀ x: a program takes a strip of x's columns over all tokens
     "push": {
-        (_LARGE, 16): Tile(64, 64, 0, 4, 4),
+        (_LARGE, 16): Tile(64, 128, 0, 4, 4),
         (_SMALL, 16): Tile(64, 64, 0, 4, 3),
         (_LARGE, 32): Tile(32, 64, 0, 4, 3),
         (_SMALL, 32): Tile(32, 64, 0, 4, 2),
@@ -106,6 +116,7 @@ _TIGHT_TILES: dict[str, dict[int, Tile]] = {
     "dense": {16: Tile(128, 128, 32, 8, 2), 32: Tile(64, 32, 16, 8, 2)},
     "low rank": {16: Tile(64, 64, 32, 8, 2), 32: Tile(64, 64, 16, 8, 2)},
     "few": {16: Tile(FEW_TOKENS, 32, 64, 4, 2), 32: Tile(FEW_TOKENS, 32, 16, 8, 2)},
+    "fewest": {16: Tile(FEWEST_TOKENS, 32, 64, 4, 2), 32: Tile(FEWEST_TOKENS, 32, 16, 8, 2)},
     "project": {16: Tile(16, 0, 64, 4, 2), 32: Tile(16, 0, 32, 4, 3)},
     "pull": {16: Tile(64, 0, 32, 8, 2), 32: Tile(64, 0, 32, 8, 2)},
     "push": {16: Tile(64, 64, 0, 8, 2), 32: Tile(32, 64, 0, 8, 2)},
@@ -120,8 +131,8 @@ def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, ti
     """The row for a call.
 
     Args:
-        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"project"``, ``"pull"``, ``"push"`` or
-            ``"sparse"``.
+        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"fewest"``, ``"project"``, ``"pull"``, ``"push"``
+            or ``"sparse"``.
         architecture: compute capability, for example 90; one that is not in the table takes the next lower one's row.
         dtype: of the activations.
         tokens: of the call. A tile holds no more than the next power of two.
@@ -157,6 +168,15 @@ def gradient_parts(out_features: int) -> int:
     return 4 if out_features > 256 else 1
 
 
-def inner_parts(tiles: int, steps: int) -> int:
-    """Into how many parts a sum of ``steps`` steps is cut so that few tokens' ``tiles`` fill a large GPU twice."""
-    return max(1, min(-(-256 // max(tiles, 1)), steps // 4, 16))
+def inner_parts(tiles: int, steps: int, num_warps: int) -> int:
+    """Into how many parts a sum of ``steps`` steps is cut so that few tokens' ``tiles`` fill a large GPU twice.
+
+    Programs of one or two warps have to be more, for a multiprocessor to hide what each of them waits for.
+    """
+    programs = max(256, 1024 // num_warps)
+    return max(1, min(cdiv(programs, max(tiles, 1)), steps // 4, 16))
+
+
+def few_tokens_kernel(tokens: int) -> str:
+    """The row of :func:`tile_for` for a product of few tokens."""
+    return "fewest" if tokens <= FEWEST_TOKENS else "few"

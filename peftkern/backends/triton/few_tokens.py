@@ -182,7 +182,7 @@ def few_tokens(
     tokens, in_features = x.shape
     out_features = tuple(part.shape[1] for part in y)
     out_tiles = sum(cdiv(count, tile.columns) for count in out_features)
-    parts = inner_parts(out_tiles, cdiv(in_features, tile.inner))
+    parts = inner_parts(out_tiles, cdiv(in_features, tile.inner), tile.num_warps)
     part_columns = cdiv(cdiv(in_features, tile.inner), parts) * tile.inner
     parts = cdiv(in_features, part_columns)
     y_parts = [parts_of(result, parts) for result in y]

@@ -199,7 +199,7 @@ def input_gradient(
     tiles = cdiv(tokens, tile.tokens) * cdiv(in_features, tile.columns)
     parts = 1
     if tokens <= FEW_TOKENS and weight is not None:
-        parts = inner_parts(tiles, cdiv(min(out_features), tile.inner))
+        parts = inner_parts(tiles, cdiv(min(out_features), tile.inner), tile.num_warps)
     result = parts_of(grad_x, parts)
     launch(
         input_gradient_kernel,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from peftkern.backends.triton.adapter_gradients import pull, push
 from peftkern.backends.triton.adapters import Slots, all_slots, launches_of, new_inner, total_rank
-from peftkern.backends.triton.configurations import Tile, gradient_parts, tile_for
+from peftkern.backends.triton.configurations import Tile, few_tokens_kernel, gradient_parts, tile_for
 from peftkern.backends.triton.crossover import Path, choose, device_key
 from peftkern.backends.triton.dequantize import dequantize_group
 from peftkern.backends.triton.few_tokens import few_tokens
@@ -104,7 +104,8 @@ def _forward(x: Tensor, members: Sequence[Member], y: Sequence[Tensor], h: Tenso
     if path == Path.FEW and _fits_few(slots, len(members)):
         # h is written side by side with other members' only where it has them to itself
         inner = h if h.is_contiguous() else torch.empty_like(h, memory_format=torch.contiguous_format)
-        few_tokens(x, weight_arguments(weights), slots, bias, y, inner, call.tile("few"), call.precision)
+        tile = call.tile(few_tokens_kernel(call.tokens))
+        few_tokens(x, weight_arguments(weights), slots, bias, y, inner, tile, call.precision)
         if inner is not h:
             h.copy_(inner)
         return
@@ -118,7 +119,7 @@ def _forward(x: Tensor, members: Sequence[Member], y: Sequence[Tensor], h: Tenso
 
 def _project(call: _Call, x: Tensor, slots: Slots, members: int, h: Tensor) -> None:
     for some in _skinny_launches(slots, members):
-        project(x, some, h, call.tile("project", tight=len(some) > 2), call.precision)
+        project(x, some, h, call.tile("project", tight=_is_wide(some)), call.precision)
 
 
 def _vendor_forward(
@@ -254,7 +255,7 @@ def _push(
 ) -> None:
     for index, some in enumerate(_adapter_launches(slots, members)):
         grad_A = gradients.new_a(index, range(first, first + members))
-        tile = call.tile("push")
+        tile = call.tile("push", tight=_is_wide(some))
         for chosen in _one_launch_or_each(some):
             push(x, up, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 
@@ -326,6 +327,14 @@ def _is_tight(member: Member) -> bool:
     # rows that begin anywhere are read element by element
     unaligned = any(size % 16 != 0 for size in member.weight.shape)
     return large or unaligned or len(adapters) > 1 or any(adapters.dropout_p)
+
+
+def _is_wide(slots: Slots) -> bool:
+    """Whether the sums of all slots side by side leave few registers to the rest of a program."""
+    return slots.padded_rank * len(slots) > _WIDE
+
+
+_WIDE = 96
 
 
 def _operand(call: _Call, path: Path, weights: Sequence[Weight]) -> tuple[WeightArguments, Tile]:

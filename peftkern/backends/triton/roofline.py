@@ -30,7 +30,7 @@ from typing import Literal
 
 import torch
 
-from peftkern.backends.triton.configurations import Tile, inner_parts, tile_for
+from peftkern.backends.triton.configurations import Tile, few_tokens_kernel, inner_parts, tile_for
 from peftkern.backends.triton.devices import Rates
 from peftkern.backends.triton.integers import cdiv
 from peftkern.backends.triton.paths import FEW_TOKENS, Path
@@ -138,8 +138,8 @@ def estimate(path: Path, product: Product, rates: Rates) -> float:
 
 
 def _few(product: Product, rates: Rates) -> float:
-    tile = _tile("few", product, rates)
-    parts = inner_parts(cdiv(product.columns, tile.columns), cdiv(product.depth, tile.inner))
+    tile = _tile(few_tokens_kernel(product.tokens), product, rates)
+    parts = inner_parts(cdiv(product.columns, tile.columns), cdiv(product.depth, tile.inner), tile.num_warps)
     partial = 4 * parts * product.tokens * product.columns if parts > 1 else 0
     written = partial if partial else product.result_bytes
     compute = product.flops / _own_rate(product, rates)
