@@ -97,7 +97,7 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
     },
     # gᵀ x: a program takes a strip of x's columns over all tokens
     "push": {
-        (_LARGE, 16): Tile(64, 128, 0, 4, 4),
+        (_LARGE, 16): Tile(64, 64, 0, 4, 4),
         (_SMALL, 16): Tile(64, 64, 0, 4, 3),
         (_LARGE, 32): Tile(32, 64, 0, 4, 3),
         (_SMALL, 32): Tile(32, 64, 0, 4, 2),

@@ -255,7 +255,7 @@ def _push(
 ) -> None:
     for index, some in enumerate(_adapter_launches(slots, members)):
         grad_A = gradients.new_a(index, range(first, first + members))
-        tile = call.tile("push", tight=_is_wide(some))
+        tile = call.tile("push")
         for chosen in _one_launch_or_each(some):
             push(x, up, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 

@@ -206,6 +206,9 @@ EVERY_TILE: tuple[Recorded, ...] = (
     Case("nf4 fused float32", Path.FUSED, dtype=torch.float32),
     Case("nf4 staged float32", Path.STAGED, dtype=torch.float32),
     Case("nf4 few float32", Path.FEW, dtype=torch.float32, tokens=FEW_TOKENS),
+    Case("nf4 few float32, 1 token", Path.FEW, dtype=torch.float32, tokens=1),
+    Case("nf4 few, 1 token, dropout", Path.FEW, dropout=0.1, tokens=1),
+    Case("nf4 few float32, 1 token, dropout", Path.FEW, dtype=torch.float32, dropout=0.1, tokens=1),
     Case("nf4 vendor float32", Path.VENDOR, dtype=torch.float32),
     Case("nf4 fused rank 128", Path.FUSED, rank=128),
     *(
