@@ -39,7 +39,7 @@ __all__ = [
     "possible_paths",
 ]
 
-UNCERTAINTY = 1.15
+UNCERTAINTY = 1.08
 """Estimates that differ by less than this factor count as equal."""
 
 

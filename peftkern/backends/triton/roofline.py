@@ -10,13 +10,15 @@ takes one launch after the other, and each launch takes what the slowest of its 
     staged  = decode + project + product(decoded W)
     vendor  = decode + project + adapter(writes the result) + a product of the vendor per layer (reads and writes it)
 
-* *B, F, I* are the device's bandwidth, arithmetic rate and issue rate (:mod:`devices`) times the fractions below, which
-  are **assumptions**, named so because nothing here was timed: ``peftkern tune`` replaces them by measurements.
+* *B, F, I* are the device's bandwidth, arithmetic rate and issue rate (:mod:`devices`) times the fractions below. These
+  were read off times on one H100 (SXM) and are assumptions everywhere else: ``peftkern tune`` replaces them.
 * Decoding and multiplying add up: the multiplications of a tile wait until it is decoded, and registers leave room for
   one or two blocks per multiprocessor, so that hardly another block fills the gap.
 * Our products run in the tiles of :mod:`configurations`, in waves of one tile per multiprocessor; a multiprocessor
   without a tile counts as busy. The vendor's library is assumed to cut small products so that all are busy.
-* *project* is the kernel in front that multiplies x with the adapters' A; the backward pass has none there.
+* *project* is the kernel in front that multiplies x with the adapters' A; the backward pass has none there. With few
+  tokens it waits for memory at every step of its sum, whatever it loads.
+* *few* decodes slower than the other products: its programs wait for codes more than they compute.
 * *decode* writes W in the dtype of the activations. Dense weights have no decode launch, and are never fused.
 
 Not modelled: caches (every launch moves its bytes through memory), and 8-bit codes, which count as 4-bit ones.
@@ -39,15 +41,19 @@ Direction = Literal["forward", "backward"]
 Arithmetic = Literal["half", "tf32", "single"]
 
 BANDWIDTH_FRACTION = 0.85
-VENDOR_FRACTION = 0.75
+VENDOR_FRACTION = 0.79
 """Of the tensor cores' rate, as the vendor's library reaches it in large products."""
-OWN_FRACTION = 0.9
+OWN_FRACTION = 0.875
 """Of the vendor's rate, as our product reaches it on tensor cores."""
 OWN_FRACTION_SINGLE = 0.5
-"""The same without tensor cores."""
+"""The same without tensor cores: nobody has measured it."""
 ISSUE_FRACTION = 0.7
 """Of the issue slots that decoding fills, with eight to sixteen warps per multiprocessor."""
-OVERHEAD = 4e-6
+FEW_ISSUE_FRACTION = {"forward": 0.27, "backward": 0.4}
+"""The same of few tokens; forward every program reads A as well."""
+PROJECT_STEP = 0.28e-6
+"""Seconds of one step of the sum in *project*."""
+OVERHEAD = 3e-6
 """Seconds per launch."""
 
 _PACKED = 0.5 + 4 / 64
@@ -143,7 +149,8 @@ def _few(product: Product, rates: Rates) -> float:
     partial = 4 * parts * product.tokens * product.columns if parts > 1 else 0
     written = partial if partial else product.result_bytes
     compute = product.flops / _own_rate(product, rates)
-    decode = _decode_seconds(product, rates) if product.quantized else 0.0
+    waiting = ISSUE_FRACTION / FEW_ISSUE_FRACTION[product.direction]
+    decode = _decode_seconds(product, rates) * waiting if product.quantized else 0.0
     seconds = _launch(rates, product.weight_bytes + product.operand_bytes + written, compute + decode)
     if not partial:
         return seconds
@@ -190,7 +197,10 @@ def _launch(rates: Rates, moved: float, compute: float = 0.0) -> float:
 
 
 def _project(product: Product, rates: Rates) -> float:
-    return _launch(rates, product.operand_bytes) if product.direction == "forward" else 0.0
+    if product.direction == "backward":
+        return 0.0
+    steps = cdiv(product.depth, _tile("project", product, rates).inner)
+    return _launch(rates, product.operand_bytes, steps * PROJECT_STEP)
 
 
 def _decode(product: Product, rates: Rates) -> float:
