@@ -31,10 +31,11 @@ class Numerics:
         return not self.failures and self.counts.get("passed", 0) > 0
 
 
-def run(root: Path, processes: int, timeout: float) -> Numerics:
-    """Run the tests of the checkout ``root``."""
+def run(root: Path, processes: int, timeout: float, log: Path) -> Numerics:
+    """Run the tests of the checkout ``root``; ``log`` is written with all that processes with failures printed."""
     start = time.monotonic()
     finished = run_shares(_ARGUMENTS, processes, root, timeout)
+    log.write_text("\n".join(one.output for one in finished if one.code != 0), encoding="utf-8")
     return summarise(finished, time.monotonic() - start)
 
 

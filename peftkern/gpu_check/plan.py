@@ -34,8 +34,10 @@ _CONVERSIONS = (("nf4", False), ("nf4", True), ("fp4", False), ("int8", False), 
 _OTHERS = (("int8", torch.bfloat16), (None, torch.bfloat16), ("nf4", torch.float16), ("nf4", torch.float32))
 _CALLS_PER_TIME = 150
 """Calls that one time takes, warm-up included."""
-_SETUP_SECONDS = 0.2
+_SETUP_SECONDS = 0.3
 """Making operands and comparing results."""
+_PEER_SECONDS = 0.5
+"""Building one of the others' layers, for each set of operands."""
 
 
 def items() -> list[Item]:
@@ -116,5 +118,5 @@ def expected_seconds(item: Item, launches: Sequence[Launch], rates: Rates, peers
         for launched in launches
     )
     timed = item.peers if isinstance(item, Operation | TrainingItem) else ()
-    times = 1 + sum(name in timed for name in peers)
-    return _SETUP_SECONDS + times * _CALLS_PER_TIME * 2 * one
+    others = sum(name in timed for name in peers)
+    return _SETUP_SECONDS + others * _PEER_SECONDS + (1 + others) * _CALLS_PER_TIME * 2 * one

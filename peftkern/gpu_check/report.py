@@ -14,7 +14,7 @@ from peftkern.gpu_check.numerics import Numerics
 from peftkern.gpu_check.peers import ALL
 from peftkern.gpu_check.rows import Row
 
-JSON_NAME, MARKDOWN_NAME = "gpu-check.json", "gpu-check.md"
+JSON_NAME, MARKDOWN_NAME, LOG_NAME = "gpu-check.json", "gpu-check.md", "tests.log"
 
 
 @dataclass

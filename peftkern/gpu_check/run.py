@@ -17,7 +17,7 @@ from peftkern.gpu_check import build, numerics, peers, plan
 from peftkern.gpu_check.errors import CheckError
 from peftkern.gpu_check.items import Bench, Item
 from peftkern.gpu_check.processes import run_shares
-from peftkern.gpu_check.report import Report
+from peftkern.gpu_check.report import LOG_NAME, Report
 from peftkern.tune.timer import CudaTimer
 
 SECONDS = 440
@@ -73,12 +73,12 @@ def check(device: DeviceKey, root: Path, output: Path, limit: Limit, say: Callab
     """Run every stage on the GPU, writing the report after each."""
     report = Report(device.name, rates_of(device), versions(_PACKAGES))
     report.notes += [f"not compared with {name}: {why}" for name, why in peers.missing().items()]
-    processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+    processes = max(1, min(14, (os.cpu_count() or 1) - 2))
     say("building")
     report.build = build.build(root, build.FOLDER, device.capability, limit.share(_BUILD_SHARE))
     report.write(output)
     say(f"testing every kernel against float64, {processes} processes")
-    report.numerics = numerics.run(root, processes, limit.share(_TESTS_SHARE))
+    report.numerics = numerics.run(root, processes, limit.share(_TESTS_SHARE), output / LOG_NAME)
     report.write(output)
     say("compiling what is timed")
     compiled = run_shares(_WARM_UP, processes, root, limit.share(_COMPILE_SHARE))

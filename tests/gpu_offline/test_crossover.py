@@ -47,9 +47,23 @@ def choose(
 # ---- the estimates
 
 
-ROUND = Rates((9, 0), "", "round numbers", 1e12 / 0.85, 1e15 / 0.75, 1e14, 1e13, 100, 2.5e9 / 0.7, 8.0)
-"""After the assumed fractions: 1e12 bytes/s, 1e15 FLOP/s of the vendor, 9e14 ours, 1e12 instructions a second."""
-LAUNCH = 4e-6
+ROUND = Rates(
+    (9, 0),
+    "",
+    "round numbers",
+    1e12 / roofline.BANDWIDTH_FRACTION,
+    1e15 / roofline.VENDOR_FRACTION,
+    1e14,
+    1e13,
+    100,
+    2.5e9 / roofline.ISSUE_FRACTION,
+    8.0,
+)
+"""After the fractions: 1e12 bytes/s, 1e15 FLOP/s of the vendor, 1e12 instructions a second."""
+OURS = 1e15 * roofline.OWN_FRACTION
+LAUNCH = roofline.OVERHEAD
+PROJECT = 16 * roofline.PROJECT_STEP
+"""1000 columns in steps of 64, which takes longer than reading x."""
 TILE = Tile(128, 128, 64, 8, 3)
 WIDE = Product("forward", 128, 12800, 1000, 1, True, "half")
 """100 tiles, one for each multiprocessor."""
@@ -69,15 +83,15 @@ def plain_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("path", "seconds"),
     [
-        (Path.FUSED, (X / 1e12 + LAUNCH) + (max((CODES + X + Y) / 1e12, MULTIPLY / 9e14 + DECODE) + LAUNCH)),
+        (Path.FUSED, (PROJECT + LAUNCH) + (max((CODES + X + Y) / 1e12, MULTIPLY / OURS + DECODE) + LAUNCH)),
         (
             Path.STAGED,
-            ((CODES + DECODED) / 1e12 + LAUNCH) + (X / 1e12 + LAUNCH) + ((DECODED + X + Y) / 1e12 + LAUNCH),
+            ((CODES + DECODED) / 1e12 + LAUNCH) + (PROJECT + LAUNCH) + ((DECODED + X + Y) / 1e12 + LAUNCH),
         ),
         (
             Path.VENDOR,
             ((CODES + DECODED) / 1e12 + LAUNCH)
-            + (X / 1e12 + LAUNCH)
+            + (PROJECT + LAUNCH)
             + (Y / 1e12 + LAUNCH)
             + ((DECODED + X + 2 * Y) / 1e12 + LAUNCH),
         ),
@@ -92,7 +106,8 @@ def test_few_tokens_write_and_read_partial_sums() -> None:
     narrow = Product("forward", 16, 1280, 1000, 1, True, "half")
     partial = 10 * 4 * 16 * 1280  # ten parts, float32
     codes, x, y = 1.28e6 * 0.5625, 16 * 1000 * 2, 16 * 1280 * 2
-    compute = 2 * 16 * 1.28e6 / 9e14 + 1.28e6 * 8 / 32 / 1e12
+    slower = roofline.ISSUE_FRACTION / roofline.FEW_ISSUE_FRACTION["forward"]
+    compute = 2 * 16 * 1.28e6 / OURS + slower * 1.28e6 * 8 / 32 / 1e12
     product = max((codes + x + partial) / 1e12, compute) + LAUNCH
     assert roofline.estimate(Path.FEW, narrow, ROUND) == pytest.approx(product + (partial + y) / 1e12 + 2 * LAUNCH)
 
@@ -104,7 +119,7 @@ def test_tiles_that_do_not_fill_the_device_take_as_long_as_those_that_do() -> No
         rows: roofline.estimate(Path.STAGED, Product("backward", 128 * rows, 10000, 1280, 1, False, "half"), rates)
         for rows in (9, 10, 11, 20)
     }
-    assert seconds[9] == pytest.approx(seconds[10]) == pytest.approx(LAUNCH + 2 * 1280 * 1280 * 10000 / 9e14)
+    assert seconds[9] == pytest.approx(seconds[10]) == pytest.approx(LAUNCH + 2 * 1280 * 1280 * 10000 / OURS)
     assert seconds[11] == pytest.approx(seconds[20]) == pytest.approx(2 * seconds[10] - LAUNCH)
 
 
@@ -145,7 +160,8 @@ def test_arithmetic_follows_the_dtype_and_the_precision(dtype: torch.dtype, prec
         (KEY, 128, Path.VENDOR),  # hardly any tiles for 132 multiprocessors
         (GATE_UP, 128, Path.FUSED),
         (Q, 2048, Path.STAGED),
-        (DOWN, 8192, Path.STAGED),
+        (Q, 512, Path.VENDOR),
+        (DOWN, 8192, Path.VENDOR),
     ],
 )
 def test_shipped_choices_on_an_h100(shape: tuple[int, int, int], tokens: int, expected: Path) -> None:

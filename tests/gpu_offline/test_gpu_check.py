@@ -486,7 +486,9 @@ def small_checkout(tmp_path: Path) -> Path:
 )
 def test_what_the_tests_say(small_checkout: Path, code: str, right: bool, counts: dict[str, int]) -> None:
     (small_checkout / "tests" / "gpu" / "test_it.py").write_text(code)
-    found = numerics.run(small_checkout, 2, 8 if "sleep" in code else 120)
+    log = small_checkout / "tests.log"
+    found = numerics.run(small_checkout, 2, 8 if "sleep" in code else 120, log)
+    assert ("in test_b" in log.read_text() or "def test_b" in log.read_text()) is ("assert 0" in code)
     assert found.right is right
     assert found.counts == counts
     assert bool(found.failures) is (not right and code != "")

@@ -88,6 +88,13 @@ _TILES: dict[str, dict[tuple[str, int], Tile]] = {
         (_LARGE, 32): Tile(16, 0, 64, 4, 3),
         (_SMALL, 32): Tile(16, 0, 64, 4, 3),
     },
+    # the same for three adapters, whose sums take three times the registers
+    "project of three": {
+        (_LARGE, 16): Tile(16, 0, 64, 4, 4),
+        (_SMALL, 16): Tile(16, 0, 64, 4, 2),
+        (_LARGE, 32): Tile(16, 0, 32, 4, 3),
+        (_SMALL, 32): Tile(16, 0, 32, 4, 3),
+    },
     # dY B and dYᵀ h: the more tokens a program takes, the fewer parts of dB are written
     "pull": {
         (_LARGE, 16): Tile(128, 0, 64, 4, 3),
@@ -118,6 +125,7 @@ _TIGHT_TILES: dict[str, dict[int, Tile]] = {
     "few": {16: Tile(FEW_TOKENS, 32, 64, 4, 2), 32: Tile(FEW_TOKENS, 32, 16, 8, 2)},
     "fewest": {16: Tile(FEWEST_TOKENS, 32, 64, 4, 2), 32: Tile(FEWEST_TOKENS, 32, 16, 8, 2)},
     "project": {16: Tile(16, 0, 64, 4, 2), 32: Tile(16, 0, 32, 4, 3)},
+    "project of three": {16: Tile(16, 0, 64, 4, 2), 32: Tile(16, 0, 32, 4, 3)},
     "pull": {16: Tile(64, 0, 32, 8, 2), 32: Tile(64, 0, 32, 8, 2)},
     "push": {16: Tile(64, 64, 0, 8, 2), 32: Tile(32, 64, 0, 8, 2)},
     "sparse": {16: Tile(64, 16, 32, 4, 2), 32: Tile(32, 16, 32, 4, 2)},
@@ -131,8 +139,8 @@ def tile_for(kernel: str, architecture: int, dtype: torch.dtype, tokens: int, ti
     """The row for a call.
 
     Args:
-        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"fewest"``, ``"project"``, ``"pull"``, ``"push"``
-            or ``"sparse"``.
+        kernel: ``"fused"``, ``"dense"``, ``"low rank"``, ``"few"``, ``"fewest"``, ``"project"``,
+            ``"project of three"``, ``"pull"``, ``"push"`` or ``"sparse"``.
         architecture: compute capability, for example 90; one that is not in the table takes the next lower one's row.
         dtype: of the activations.
         tokens: of the call. A tile holds no more than the next power of two.

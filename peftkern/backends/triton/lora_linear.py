@@ -119,7 +119,8 @@ def _forward(x: Tensor, members: Sequence[Member], y: Sequence[Tensor], h: Tenso
 
 def _project(call: _Call, x: Tensor, slots: Slots, members: int, h: Tensor) -> None:
     for some in _skinny_launches(slots, members):
-        project(x, some, h, call.tile("project", tight=_is_wide(some)), call.precision)
+        kernel = "project" if len(some) < 3 else "project of three"
+        project(x, some, h, call.tile(kernel, tight=_is_wide(some)), call.precision)
 
 
 def _vendor_forward(
