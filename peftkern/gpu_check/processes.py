@@ -32,10 +32,14 @@ def run(command: Sequence[str], folder: Path, timeout: float, environment: Mappi
 
 
 def run_shares(arguments: Sequence[str], count: int, folder: Path, timeout: float) -> list[Finished]:
-    """Run ``python ARGUMENTS I/N`` for every share I of ``count``, side by side, in ``folder``."""
+    """Run ``python ARGUMENTS I/N`` for every share I of ``count``, side by side, in ``folder``.
+
+    Each has one thread: together they have as many as there are processors for.
+    """
     end = time.monotonic() + timeout
     command = [sys.executable, *arguments]
-    running = [_Running([*command, f"{number}/{count}"], folder, os.environ) for number in range(1, count + 1)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [_Running([*command, f"{number}/{count}"], folder, environment) for number in range(1, count + 1)]
     return [one.finish(end) for one in running]
 
 

@@ -17,7 +17,7 @@ takes one launch after the other, and each launch takes what the slowest of its 
 * Our products run in the tiles of :mod:`configurations`, in waves of one tile per multiprocessor; a multiprocessor
   without a tile counts as busy. The vendor's library is assumed to cut small products so that all are busy.
 * *project* is the kernel in front that multiplies x with the adapters' A; the backward pass has none there. With few
-  tokens it waits for memory at every step of its sum, whatever it loads.
+  tokens it waits for memory at every step of its sum, whatever it loads, and so does *fused*.
 * *few* decodes slower than the other products: its programs wait for codes more than they compute.
 * *decode* writes W in the dtype of the activations. Dense weights have no decode launch, and are never fused.
 
@@ -51,8 +51,8 @@ ISSUE_FRACTION = 0.7
 """Of the issue slots that decoding fills, with eight to sixteen warps per multiprocessor."""
 FEW_ISSUE_FRACTION = {"forward": 0.27, "backward": 0.4}
 """The same of few tokens; forward every program reads A as well."""
-PROJECT_STEP = 0.28e-6
-"""Seconds of one step of the sum in *project*."""
+PROJECT_STEP, FUSED_STEP = 0.28e-6, 0.39e-6
+"""Seconds of one step of the sum in *project*, and in a product that decodes: however few tokens there are, no less."""
 OVERHEAD = 3e-6
 """Seconds per launch."""
 
@@ -162,6 +162,7 @@ def _fused(product: Product, rates: Rates) -> float:
     tile = _tile("fused", product, rates)
     repeats = cdiv(product.tokens, tile.tokens) * _idle(product, tile, rates)
     compute = _own_seconds(product, tile, rates) + _decode_seconds(product, rates) * repeats
+    compute = max(compute, cdiv(product.depth, tile.inner) * FUSED_STEP)
     moved = product.weight_bytes + product.operand_bytes + product.result_bytes
     return _project(product, rates) + _launch(rates, moved, compute)
 
@@ -199,7 +200,8 @@ def _launch(rates: Rates, moved: float, compute: float = 0.0) -> float:
 def _project(product: Product, rates: Rates) -> float:
     if product.direction == "backward":
         return 0.0
-    steps = cdiv(product.depth, _tile("project", product, rates).inner)
+    tile = _tile("project" if product.members < 3 else "project of three", product, rates)
+    steps = cdiv(product.depth, tile.inner)
     return _launch(rates, product.operand_bytes, steps * PROJECT_STEP)
 
 
