@@ -63,7 +63,7 @@ def multiply(
             y,
             4096,
             (x.stride(0), weight.stride(0)),
-            traffic=Traffic((x, weight), (y,)),
+            traffic=lambda: Traffic((x, weight), (y,)),
             num_warps=num_warps,
             num_stages=num_stages,
             ROWS=rows,
@@ -79,5 +79,5 @@ def undefined() -> Specialization:
     """A kernel with an error in it."""
     x = torch.empty(16, device="meta")
     with recording() as launches:
-        launch(undefined_kernel, (1,), x, traffic=Traffic((), (x,)), num_warps=1, num_stages=1, COUNT=16)
+        launch(undefined_kernel, (1,), x, traffic=lambda: Traffic((), (x,)), num_warps=1, num_stages=1, COUNT=16)
     return specialize("undefined", launches[0].call)
