@@ -3,7 +3,8 @@
 What it takes comes before Triton:
 
 * quantize and dequantize always. Both backends move each byte once; these kernels need no compilation at run time.
-* lora_linear for a 4-bit weight and very few tokens (:data:`PREFERRED_TOKENS`), as in generation.
+* lora_linear for a 4-bit weight and very few tokens (:data:`PREFERRED_TOKENS`), as in generation; for one token a group
+  of large ones (:data:`LEAST_GROUP_ROWS`).
 
 The native module is loaded when the first tensor on a GPU arrives. Where it cannot be used every operation says so
 through :func:`unavailable_reason`, and Triton runs.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from peftkern.backends import registry
 from peftkern.formats import QuantizedTensor, codebook
 from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count, has_whole_blocks
 from peftkern.ops.lora_linear import Adapters, Weight
+from peftkern.ops.lora_linear_group import Member
 from peftkern.ops.quantize import assemble, dynamic_grid, four_bit_bounds, quantize_scales
 
 MAX_TOKENS = 16
@@ -33,6 +35,13 @@ PREFERRED_TOKENS = {torch.float32: MAX_TOKENS, torch.bfloat16: 4, torch.float16:
 On an H100, 4096 x 4096 in bfloat16, these take 18, 21, 26, 39 and 56 us for 1, 2, 4, 8 and 16 tokens, and Triton's
 kernel 27 for any number of them, its tensor cores taking them all at once; 14336 x 4096: 31, 45, 56, 93 and 142 against
 62 to 71. Tensor cores do not multiply in float32.
+"""
+
+LEAST_GROUP_ROWS = 4096
+"""Outputs of every member of a group from which on its members run here one by one for a single token.
+
+On an H100 gate and up of Llama-3-8B (twice 14336 x 4096) take 31 us each, and together 115 us on Triton. For q, k and v
+(4096, 1024 and 1024) one launch of Triton's takes as long as three of these.
 """
 
 MAX_ADAPTERS = 4
@@ -272,6 +281,22 @@ def lora_linear(x: Tensor, weight: QuantizedTensor, adapters: Adapters, bias: Te
     )
     del weight_alive, adapters_alive
     return y, h
+
+
+def _supports_lora_linear_group(x: Tensor, members: Sequence[Member], *_rest: Any) -> str | None:
+    if x.shape[0] != 1:
+        return registry.NotMeant("more than one token")
+    if any(member.weight.shape[0] < LEAST_GROUP_ROWS for member in members):
+        return registry.NotMeant(f"fewer than {LEAST_GROUP_ROWS} outputs")
+    objections = (_supports_lora_linear(x, member.weight, member.adapters, member.bias) for member in members)
+    return next((objection for objection in objections if objection is not None), None)
+
+
+@registry.register("lora_linear_group", "cuda", supports=_supports_lora_linear_group)
+def lora_linear_group(x: Tensor, members: Sequence[Member]) -> tuple[list[Tensor], Tensor]:
+    """Forward, one member after the other; see :mod:`peftkern.ops.lora_linear_group` for shapes."""
+    results = [lora_linear(x, cast(QuantizedTensor, one.weight), one.adapters, one.bias) for one in members]
+    return [y for y, _ in results], torch.cat([h for _, h in results], dim=1)
 
 
 def _adapter_tuples(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from peftkern import ops
 from peftkern.backends import cuda, registry
-from peftkern.ops.lora_linear import Adapters
+from peftkern.ops.lora_linear import Adapters, lora_linear_reference
+from peftkern.ops.lora_linear_group import Member, lora_linear_group_reference
 
 
 class OldGpu:
@@ -123,6 +124,40 @@ def test_more_tokens_run_only_where_the_backend_is_forced(on_gpu: None) -> None:
     assert registry.choose("lora_linear", *arguments, backend="cuda").function is cuda.lora_linear
     with pytest.raises(registry.BackendError, match="cannot run this call: more than 16 tokens"):
         registry.choose("lora_linear", _problem(17).x, *arguments[1:], backend="cuda")
+
+
+def _members(rows: tuple[int, ...], **options: Any) -> list[Member]:
+    problems = [make_problem(1, 64, count, [4], "nf4", torch.bfloat16, **options) for count in rows]
+    return [
+        Member(one.weight, Adapters(one.lora_A, one.lora_B, one.scaling, one.dropout_p, None), one.bias)
+        for one in problems
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "options", "expected"),
+    [
+        (1, (4096, 4096), {}, "cuda"),
+        (2, (4096, 4096), {}, "triton"),
+        (1, (4096, 1024, 1024), {}, "triton"),
+        (1, (4096, 4096), {"dropout_p": 0.1}, "triton"),
+    ],
+)
+def test_a_group_of_large_members_runs_one_by_one_for_a_single_token(
+    on_gpu: None, tokens: int, rows: tuple[int, ...], options: dict[str, Any], expected: str
+) -> None:
+    x = torch.zeros(tokens, 64, dtype=torch.bfloat16)
+    choice = registry.choose("lora_linear_group", x, _members(rows, **options))
+    assert (choice.backend, choice.reason) == (expected, "first choice")
+
+
+def test_the_results_of_a_group_are_those_of_its_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "lora_linear", lora_linear_reference)
+    x, members = torch.randn(1, 64, dtype=torch.bfloat16), _members((48, 32))
+    y, h = cuda.lora_linear_group(x, members)
+    expected_y, expected_h = lora_linear_group_reference(x, members)
+    assert torch.equal(h, expected_h)
+    assert all(torch.equal(*pair) for pair in zip(y, expected_y, strict=True))
 
 
 def test_quantize_and_dequantize_come_first(on_gpu: None) -> None:

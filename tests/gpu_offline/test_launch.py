@@ -107,6 +107,24 @@ def test_what_executes_kernels_in_tritons_place_is_asked_every_time() -> None:
     assert len(kernel.compiled) == 3
 
 
+def test_the_constants_of_every_kernel_are_its_last_parameters() -> None:
+    pytest.importorskip("triton")
+    from peftkern.backends.triton.specializations import (
+        ENTRIES,
+        ENTRY_VARIANTS,
+        EVERY_TILE,
+        TENSORS,
+        VARIANTS,
+    )
+
+    cases = EVERY_TILE + VARIANTS + TENSORS + ENTRIES + ENTRY_VARIANTS
+    calls = [one.call for case in cases for one in case.record() if one.call is not None]
+    assert calls
+    for call in calls:
+        last = call.kernel.arg_names[len(call.arguments) :]
+        assert sorted(last) == sorted(call.constants), call.kernel.__name__
+
+
 def test_a_launch_needs_a_tensor() -> None:
     with pytest.raises(TypeError, match="a tensor among its arguments"):
         launch.launch(Kernel(), (1,), (5, 7), traffic=lambda: Traffic((), ()), num_warps=4, num_stages=1)

@@ -193,7 +193,7 @@ def _plain(arguments: tuple[Any, ...], deciding: list[Any]) -> tuple[Any, ...]:
         if kind is int:
             plain.append(argument)
             deciding.append(1 if argument == 1 else (argument % 16 == 0, _width(argument)))
-        elif kind is tuple:
+        elif isinstance(argument, tuple):
             deciding.append(len(argument))
             plain.append(_plain(argument, deciding))
         elif isinstance(argument, Tensor):
