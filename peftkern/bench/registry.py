@@ -127,6 +127,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "select-prediction",
+            "predicted cost of the backward pass of random selections of SmolLM2-135M, in FLOPs and in seconds",
+            "peftkern.bench.select_prediction:cases",
+            packages=(),
+        ),
+        Benchmark(
             "quantize",
             "NF4 quantize and dequantize of a 4096x4096 weight",
             "peftkern.bench.quantize:cases",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from peftkern.bench import (
     memory,
     optimizer,
     peers,
+    select_prediction,
     select_top,
     smollm2,
     sparse_linear,
@@ -265,3 +267,15 @@ def test_sparse_linear_says_what_memory_both_sides_take() -> None:
     (ours,), (peer,) = measurement.ours, measurement.peer
     assert measurement.quantity is Quantity.MEMORY and "[out, in] has 16.8 MB), 209,715 entries" in measurement.case
     assert 2.0 < ours < 8 < 2 * 16.7 < peer
+
+
+def test_predicted_flops_are_those_that_are_counted(
+    checkpoint: smollm2.Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "checkpoint", lambda: nullcontext(checkpoint))
+    monkeypatch.setattr(select_prediction, "SELECTIONS", 3)
+    monkeypatch.setattr(select_prediction, "ROUNDS", 1)
+    monkeypatch.setattr(smollm2, "BATCH", 1)
+    flops, seconds, errors = select_prediction.cases()
+    assert flops.ours == pytest.approx(flops.peer, rel=0.01)
+    assert len(seconds.ours) == len(errors.ours) == 3

@@ -25,6 +25,7 @@ NAMES = [
     "quantize",
     "adamw",
     "select-top",
+    "select-prediction",
     "loss-parity",
 ]
 
