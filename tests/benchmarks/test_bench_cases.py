@@ -275,7 +275,6 @@ def test_predicted_flops_are_those_that_are_counted(
     monkeypatch.setattr(smollm2, "checkpoint", lambda: nullcontext(checkpoint))
     monkeypatch.setattr(select_prediction, "SELECTIONS", 3)
     monkeypatch.setattr(select_prediction, "ROUNDS", 1)
-    monkeypatch.setattr(smollm2, "BATCH", 1)
     flops, seconds, errors = select_prediction.cases()
     assert flops.ours == pytest.approx(flops.peer, rel=0.01)
     assert len(seconds.ours) == len(errors.ours) == 3
