@@ -15,15 +15,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftkern.select import resume
+from peftkern.select.cost_graph import CostGraph
 from peftkern.select.execution import Execution, check_between_updates
 from peftkern.select.history import history_as_data, history_from_data
 from peftkern.select.method import Method, logger
+from peftkern.select.record import record
 from peftkern.select.savings import PowerMeter, Savings, compute_savings, selection_logs
 from peftkern.select.selection import Selection
 from peftkern.select.trainer_log import TrainerLog
@@ -54,6 +57,8 @@ class Policy(Method):
         selection: in force; ``None`` before the first.
         history: of all selections, those before the checkpoint that training goes on from included, the oldest first.
         passes: forward and backward passes in one update, for the savings. The Trainer's number is known by itself.
+        record_costs: set it, and FLOPs are recorded on the first batch where the policy itself looks at no costs, so
+            that savings are known.
 
     Raises:
         ValueError: an argument is none of these.
@@ -77,6 +82,7 @@ class Policy(Method):
         self._saving: resume.Saving | None = None
         self._hook: Any = None
         self.passes = 1
+        self.record_costs = False
         self._log = TrainerLog(self.logs)
 
     # ---- what a policy decides
@@ -127,6 +133,10 @@ class Policy(Method):
         self._check_names(chosen)
         in_order = tuple(name for name in self.candidates if name in chosen)
         return Selection(type(self).__name__, in_order, self.candidates, **{"step": self.steps_done, **facts})
+
+    def known_costs(self) -> Mapping[str, CostGraph]:
+        """Costs of the last selection, by unit: none before the first. A checkpoint holds them."""
+        return self.history[-1].costs if self.history else {}
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = set(names).difference(self.candidates)
@@ -256,11 +266,18 @@ class Policy(Method):
             check_between_updates(model)
             self._is_selecting = True
             try:
-                self.observe(_as_batch(model, args, kwargs))
-                self._put_in_force(_of_the_first_process(self.select()))
+                batch = _as_batch(model, args, kwargs)
+                self.observe(batch)
+                self._put_in_force(_of_the_first_process(self._with_costs(self.select(), batch)))
             finally:
                 self._is_selecting = False
             self._next = None if self.interval is None else self._now() + self.interval
+
+    def _with_costs(self, selection: Selection, batch: Mapping[str, Any]) -> Selection:
+        if selection.costs or not self.record_costs:
+            return selection
+        costs = self.known_costs() or {"flops": record(self.prepared(), batch, candidates=self.candidates)}
+        return replace(selection, costs=costs)
 
     def _put_in_force(self, selection: Selection) -> None:
         self.apply(selection)

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from peftkern.optim import AdamW
 from peftkern.select.cost_graph import CostGraph, TensorCost
+from peftkern.select.record import record
 from peftkern.select.selection import Selection
 
 WORDS = ("layers.0", "layers.1")
@@ -86,6 +87,27 @@ def test_a_resumed_run_knows_what_was_before(tmp_path: Path) -> None:
     picked = [{k: v for k, v in entry.items() if k.startswith("select/")} for entry in whole]
     assert picked == [{k: v for k, v in entry.items() if k.startswith("select/")} for entry in parts]
     assert second.view().as_data() == first.view().as_data()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_savings_of_a_policy_that_looks_at_no_costs(resumed: bool) -> None:
+    policy, model = RoundRobin(WORDS, 2), llama()
+    policy.record_costs = True
+    policy.prepare(model)
+    expected = record(model, batches(1)[0])
+    optimizer = AdamW(policy.parameters(), lr=0.01)
+    policy.start(optimizer)
+    for batch in batches(2):
+        policy.step(model, batch)
+    if resumed:
+        optimizer = AdamW(policy.parameters(), lr=0.01)
+        optimizer.load_state_dict(policy.started().state_dict())
+        policy.start(optimizer)
+    policy.step(model, batches(1, tokens=3)[0])  # costs are those of the first batch all the same
+    costs = [expected.step(selection.names) for selection in policy.history]
+    saved = 3 * expected.full - 2 * costs[0] - costs[1]
+    assert policy.logs()["select/saved_flops"] == pytest.approx(saved)
+    assert saved > 0
 
 
 def test_in_a_loop_of_one_s_own(tmp_path: Path) -> None:
