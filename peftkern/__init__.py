@@ -25,13 +25,23 @@ if TYPE_CHECKING:
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
+    from peftkern.select.lisa import LISA as LISA
+    from peftkern.select.presets import FreezeLower as FreezeLower
+    from peftkern.select.presets import LayerRange as LayerRange
+    from peftkern.select.presets import Preset as Preset
+    from peftkern.select.random_selection import RandomSelection as RandomSelection
 
 _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
+    "FreezeLower": "peftkern.select.presets",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
+    "LISA": "peftkern.select.lisa",
+    "LayerRange": "peftkern.select.presets",
+    "Preset": "peftkern.select.presets",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
+    "RandomSelection": "peftkern.select.random_selection",
     "quantize_": "peftkern.integrations",
 }
 
@@ -45,13 +55,18 @@ def __getattr__(name: str) -> Any:
 register_on_import()
 
 __all__ = [
+    "LISA",
     "CoFiTune",
     "FreezeAsGuard",
+    "FreezeLower",
     "HalfFineTuning",
+    "LayerRange",
     "PatchReport",
+    "Preset",
     "QuantConfig",
     "QuantizedLinear",
     "QuantizedTensor",
+    "RandomSelection",
     "VerifyReport",
     "__version__",
     "ops",

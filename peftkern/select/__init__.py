@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from peftkern.select.freeze_as_guard import apply_guard as apply_guard
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
+    from peftkern.select.layer_decay import layer_decay_groups as layer_decay_groups
+    from peftkern.select.layer_decay import reinit_top as reinit_top
+    from peftkern.select.lisa import LISA as LISA
     from peftkern.select.method import Method as Method
     from peftkern.select.policy import Policy as Policy
+    from peftkern.select.presets import FreezeLower as FreezeLower
+    from peftkern.select.presets import LayerRange as LayerRange
+    from peftkern.select.presets import Preset as Preset
+    from peftkern.select.random_selection import RandomSelection as RandomSelection
     from peftkern.select.savings import PowerMeter as PowerMeter
     from peftkern.select.savings import Savings as Savings
     from peftkern.select.savings import compute_savings as compute_savings
@@ -38,11 +45,16 @@ _LAZY = {
     "Execution": "peftkern.select.execution",
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "FreezeGuard": "peftkern.select.freeze_as_guard",
+    "FreezeLower": "peftkern.select.presets",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
+    "LISA": "peftkern.select.lisa",
+    "LayerRange": "peftkern.select.presets",
     "Method": "peftkern.select.method",
-    "PowerMeter": "peftkern.select.savings",
-    "Savings": "peftkern.select.savings",
     "Policy": "peftkern.select.policy",
+    "PowerMeter": "peftkern.select.savings",
+    "Preset": "peftkern.select.presets",
+    "RandomSelection": "peftkern.select.random_selection",
+    "Savings": "peftkern.select.savings",
     "Segment": "peftkern.select.cost_graph",
     "Selection": "peftkern.select.selection",
     "SelectionView": "peftkern.select.view",
@@ -53,9 +65,11 @@ _LAZY = {
     "cofitune_search": "peftkern.select.cofitune_search",
     "compute_savings": "peftkern.select.savings",
     "half_reset": "peftkern.select.half_fine_tuning",
+    "layer_decay_groups": "peftkern.select.layer_decay",
     "measure_importance": "peftkern.select.unit_importance",
-    "view_history": "peftkern.select.view",
+    "reinit_top": "peftkern.select.layer_decay",
     "solve": "peftkern.select.solver",
+    "view_history": "peftkern.select.view",
 }
 
 
