@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from peftkern.nn import QuantizedLinear as QuantizedLinear
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
+    from peftkern.select.green_trainer import GreenTrainer as GreenTrainer
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.lisa import LISA as LISA
     from peftkern.select.presets import FreezeLower as FreezeLower
@@ -35,6 +36,7 @@ _LAZY = {
     "CoFiTune": "peftkern.select.cofitune",
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "FreezeLower": "peftkern.select.presets",
+    "GreenTrainer": "peftkern.select.green_trainer",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "LISA": "peftkern.select.lisa",
     "LayerRange": "peftkern.select.presets",
@@ -59,6 +61,7 @@ __all__ = [
     "CoFiTune",
     "FreezeAsGuard",
     "FreezeLower",
+    "GreenTrainer",
     "HalfFineTuning",
     "LayerRange",
     "PatchReport",

@@ -127,6 +127,48 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "select-seconds",
+            "a step of SmolLM2-135M, dense fp32, of what GreenTrainer chooses within a budget of seconds, beside all",
+            "peftkern.bench.select_step:seconds_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "select-flops",
+            "the same within a budget of FLOPs: counted FLOPs and measured seconds",
+            "peftkern.bench.select_step:flops_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "select-memory",
+            "peak resident memory of that step at half of the FLOPs, each side in a fresh process",
+            "peftkern.bench.select_step:memory_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "select-lora",
+            "the same step with LoRA on NF4, choosing among adapters within a budget of seconds, beside all adapters",
+            "peftkern.bench.select_step:lora_cases",
+            packages=("peft",),
+        ),
+        Benchmark(
+            "select-overhead",
+            "what choosing takes, in full steps, and the solver's seconds",
+            "peftkern.bench.select_step:overhead_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "select-loss",
+            "held-out loss of SmolLM2-135M on docstrings at half of the FLOPs of a step, beside full fine-tuning",
+            "peftkern.bench.select_loss:loss_cases",
+            packages=(),
+        ),
+        Benchmark(
+            "select-vs-random",
+            "the same loss in as many seconds, beside random selections and the published way to choose; five seeds",
+            "peftkern.bench.select_loss:rival_cases",
+            packages=(),
+        ),
+        Benchmark(
             "select-prediction",
             "predicted cost of the backward pass of random selections of SmolLM2-135M, in FLOPs and in seconds",
             "peftkern.bench.select_prediction:cases",

@@ -17,6 +17,7 @@ from torch import Tensor
 import peftkern
 from peftkern.bench import peers
 from peftkern.bench.errors import BenchError
+from peftkern.select.policy import Policy
 
 BATCH, LENGTH = 4, 256
 LEARNING_RATE = 2e-4
@@ -217,8 +218,24 @@ def half_loop(folder: str, embeddings: str) -> Loop:
     return loop
 
 
+class PolicyLoop(Loop):
+    """The same step, of a model whose trained parameters ``policy`` chooses."""
+
+    def __init__(self, model: Any, policy: Policy) -> None:
+        policy.prepare(model)
+        super().__init__(model, peftkern.optim.AdamW(policy.parameters(), lr=LEARNING_RATE))
+        policy.start(self.optimizer)
+        self.policy = policy
+
+    def step(self, ids: Tensor) -> float:
+        """Train on ``ids``, int64 [batch, length]; the loss before the step. Chooses first where that is due."""
+        return float(self.policy.step(self.model, {"input_ids": ids, "labels": ids}))
+
+
 LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "ours": lambda folder: Loop(load_ours(folder)),
+    "dense": dense_loop,
+    "green": lambda folder: PolicyLoop(load_dense(folder), peftkern.GreenTrainer(rho=0.5)),
     "peer": lambda folder: Loop(load_peer(folder)),
     "sparse": lambda folder: Loop(load_sparse(folder)),
 }

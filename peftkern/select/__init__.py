@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
     from peftkern.select.freeze_as_guard import FreezeGuard as FreezeGuard
     from peftkern.select.freeze_as_guard import apply_guard as apply_guard
+    from peftkern.select.green_trainer import GreenTrainer as GreenTrainer
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
     from peftkern.select.layer_decay import layer_decay_groups as layer_decay_groups
@@ -46,6 +47,7 @@ _LAZY = {
     "FreezeAsGuard": "peftkern.select.freeze_as_guard",
     "FreezeGuard": "peftkern.select.freeze_as_guard",
     "FreezeLower": "peftkern.select.presets",
+    "GreenTrainer": "peftkern.select.green_trainer",
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "LISA": "peftkern.select.lisa",
     "LayerRange": "peftkern.select.presets",

@@ -1,0 +1,149 @@
+"""What choosing costs in loss: SmolLM2-135M learns to write docstrings, dense, float32, a part of it at a time.
+
+Held-out loss, in nats per token of the answers, after training on Python's standard library (the task of ``peftkern
+demo``, with more of its data): warm-up and linear decay, batch 4. Modules of the library are either learned from or
+held out.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftkern.bench import smollm2
+from peftkern.bench.case import Measurement, seconds_of
+from peftkern.bench.published_selector import published_select
+from peftkern.bench.result import Quantity
+from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune.docstrings import HELD_OUT_FILE, TRAIN_FILE, docstring_data
+from peftkern.finetune.encoding import Example, PadRight, load_splits
+from peftkern.finetune.evaluation import held_out_loss
+from peftkern.finetune.modeling import padding_token
+from peftkern.optim import AdamW
+from peftkern.select import GreenTrainer, RandomSelection, Selection
+from peftkern.select.method import Method
+from peftkern.select.policy import Policy
+
+TRAIN, HELD_OUT = 960, 128
+BATCH = 4
+WARMUP = 0.1
+
+
+@dataclass(frozen=True)
+class Task:
+    """Examples, and how they become batches."""
+
+    folder: str
+    train: list[Example]
+    held_out: list[Example]
+    collate: PadRight
+
+    def batches(self, steps: int, seed: int) -> Iterator[dict[str, Any]]:
+        """``steps`` batches in an order of this seed, over the examples again and again."""
+        generator = random.Random(seed)
+        order: list[Example] = []
+        for _ in range(steps):
+            if len(order) < BATCH:
+                order = generator.sample(self.train, len(self.train))
+            yield self.collate([order.pop() for _ in range(BATCH)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run: held-out loss at its end, and the seconds of each step."""
+
+    loss: float
+    seconds: list[float]
+
+
+def load_task(folder: str) -> Task:
+    """The docstrings, encoded for the model in ``folder``."""
+    from transformers import AutoTokenizer
+
+    data = docstring_data(TRAIN, HELD_OUT)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = FinetuneConfig(model=folder, data=str(data / TRAIN_FILE), eval_data=str(data / HELD_OUT_FILE), output="")
+    splits = load_splits(config, tokenizer, config.max_length)
+    return Task(folder, splits.train, splits.held_out, PadRight(padding_token(tokenizer)))
+
+
+def train(task: Task, policy: Policy | None, steps: int, learning_rate: float, seed: int) -> Run:
+    """Fine-tune the model from the start; ``None``: all of it."""
+    model = smollm2.load_dense(task.folder)
+    method = policy or Method()
+    method.prepare(model)
+    optimizer = AdamW(method.parameters(), lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _factor(step, steps))
+    method.start(optimizer, steps)
+    seconds = []
+    for batch in task.batches(steps, seed):
+        seconds.append(seconds_of(lambda: method.step(model, batch)))  # noqa: B023  called at once
+        schedule.step()
+    method.finish()
+    return Run(held_out_loss(model, task.held_out, task.collate, BATCH).loss, seconds)
+
+
+def _factor(step: int, steps: int) -> float:
+    warm = max(1, round(WARMUP * steps))
+    return min((step + 1) / warm, (steps - step) / (steps - warm + 1))
+
+
+STEPS, SEEDS, INTERVAL = 80, 5, 20
+FULL_RATE, GREEN_RATE = 5e-5, 2e-4
+RHO = 0.5
+LOSS_ALLOWED = 1.01
+
+
+def loss_cases() -> Iterator[Measurement]:
+    """Measurements of ``select-loss``."""
+    with smollm2.checkpoint() as checkpoint:
+        task = load_task(checkpoint.folder)
+        note = f", {checkpoint.note}" if checkpoint.note else ""
+        full = train(task, None, STEPS, FULL_RATE, seed=0)
+        green = train(task, GreenTrainer(RHO, interval=INTERVAL), STEPS, GREEN_RATE, seed=0)
+        text = f"held-out loss after {STEPS} steps, rho {RHO} of FLOPs | full fine-tuning{note}"
+        yield Measurement(text, "loss", Quantity.LOSS, [green.loss], [full.loss])
+        yield Measurement(f"{text}, allowed", "ratio", Quantity.COUNT, [green.loss / full.loss], [LOSS_ALLOWED])
+
+
+class PublishedGreenTrainer(GreenTrainer):
+    """The same costs and importances; the authors' way to choose."""
+
+    def select(self) -> Selection:
+        graph = self.costs[self.budget]
+        names = published_select(graph, self.importances, graph.backward_budget(self.rho))
+        return self.selected(names, importances=self.importances, costs=self.costs)
+
+
+RIVALS: Mapping[str, Callable[[int], Policy]] = {
+    "random selection": lambda seed: RandomSelection(RHO, interval=INTERVAL, seed=seed),
+    "the published dynamic programme": lambda seed: PublishedGreenTrainer(RHO, interval=INTERVAL, seed=seed),
+}
+
+
+def rival_cases() -> Iterator[Measurement]:
+    """Measurements of ``select-vs-random``: each seed gets as many seconds of training with every policy."""
+    with smollm2.checkpoint() as checkpoint:
+        task = load_task(checkpoint.folder)
+        note = f", {checkpoint.note}" if checkpoint.note else ""
+        ours: list[Run] = []
+        rivals: dict[str, list[Run]] = {name: [] for name in RIVALS}
+        for seed in range(SEEDS):
+            ours.append(train(task, GreenTrainer(RHO, interval=INTERVAL, seed=seed), STEPS, GREEN_RATE, seed))
+            for name, make in RIVALS.items():
+                rivals[name].append(train_as_long(task, make, ours[-1], seed))
+        for name, runs in rivals.items():
+            text = f"held-out loss, {SEEDS} seeds, equal seconds: exact choice | {name}{note}"
+            yield Measurement(text, "loss", Quantity.COUNT, [run.loss for run in ours], [run.loss for run in runs])
+
+
+def train_as_long(task: Task, make: Callable[[int], Policy], other: Run, seed: int) -> Run:
+    """A run of as many steps as take the seconds of ``other``, by the median seconds of a step."""
+    trial = train(task, make(seed), 12, GREEN_RATE, seed)
+    steps = round(len(other.seconds) * statistics.median(other.seconds) / statistics.median(trial.seconds))
+    return train(task, make(seed), max(1, steps), GREEN_RATE, seed)
