@@ -579,7 +579,7 @@ def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: W
 def gated_lora_linear_backward(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Weight,
     adapters: Adapters,
     h: Tensor,
@@ -589,7 +589,10 @@ def gated_lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
     need_x = need_gate or need_up
-    x = silu_mul(gate, up) if any(need_lora[: len(adapters)]) else None
+    x = None
+    if any(need_lora[: len(adapters)]):
+        assert up is not None
+        x = silu_mul(gate, up)
     grad_x, grad_A, grad_B = lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
     del x
     if grad_x is None:

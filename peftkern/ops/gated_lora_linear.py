@@ -4,8 +4,8 @@
     dx as in lora_linear and sparse_delta_linear             dg, du as in silu_mul
 
 g and u are kept, as the gate alone would keep them, and h; x, which the product alone would keep as well, is computed
-again in the backward pass, bit for bit, where a gradient of A or of the entries of S asks for it. Shapes: g and u
-[..., in].
+again in the backward pass, bit for bit, where a gradient of A or of the entries of S asks for it. What no gradient
+needs is not kept: u where only u has one, and both where only B or b have one. Shapes: g and u [..., in].
 
 Source of the recomputation: Training Deep Nets with Sublinear Memory Cost, Chen et al. 2016 (arXiv:1604.06174).
 """
@@ -30,6 +30,7 @@ from peftkern.ops.lora_linear import (
     check_call,
     check_versions,
     in_autocast_dtype,
+    inner_products,
     is_plain_eager,
     lora_linear_backward_reference,
     weight_tensors,
@@ -103,7 +104,7 @@ def gated_lora_linear(
 def gated_lora_linear_backward_reference(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Weight,
     adapters: Adapters,
     h: Tensor,
@@ -111,13 +112,21 @@ def gated_lora_linear_backward_reference(
     need_up: bool,
     need_lora: Sequence[bool],
 ) -> Gradients:
-    """Backward in plain PyTorch. grad is [tokens, out], gate and up [tokens, in]; the rest as for `lora_linear`."""
+    """Backward in plain PyTorch. grad is [tokens, out], gate and up [tokens, in]; the rest as for `lora_linear`.
+
+    up may be ``None`` where neither gate nor an A need a gradient.
+    """
     need_x = need_gate or need_up
-    x = silu_mul_reference(gate, up) if any(need_lora[: len(adapters)]) else None
+    x = _made_again(gate, up) if any(need_lora[: len(adapters)]) else None
     grad_x, grad_A, grad_B = lora_linear_backward_reference(grad, x, weight, adapters, h, need_x, need_lora)
     if grad_x is None:
         return None, None, grad_A, grad_B
     return *silu_mul_backward_reference(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
+
+
+def _made_again(gate: Tensor, up: Tensor | None) -> Tensor:
+    assert up is not None
+    return silu_mul_reference(gate, up)
 
 
 # ---- eager calls
@@ -139,7 +148,16 @@ class _GatedLoraLinear(torch.autograd.Function):
         # not among the saved tensors, whose hooks would copy or offload what stays where it is anyway
         ctx.call = (weight, indices, delta_scaling, scaling, dropout_p, backend)
         ctx.versions = (weight_versions(weight), index_versions(indices))
-        ctx.save_for_backward(gate, up, seed, h, *tensors)
+        need_gate, need_up, _bias, _call, *need_tensors = ctx.needs_input_grad
+        need_lora = need_tensors[len(indices) :]
+        need_x = any(need_tensors[: len(indices)]) or any(need_lora[: len(adapters)])
+        ctx.save_for_backward(
+            gate if need_gate or need_up or need_x else None,
+            up if need_gate or need_x else None,
+            seed,
+            h if any(need_lora[len(adapters) :]) else None,
+            *tensors,
+        )
         # not a view in autograd's eyes: the output of an operator may be modified in place
         return cast(Tensor, torch.ops.aten._unsafe_view(y, [*gate.shape[:-1], y.shape[-1]]))
 
@@ -153,15 +171,25 @@ class _GatedLoraLinear(torch.autograd.Function):
         values, adapters = _split(tensors, len(indices), scaling, dropout_p, seed)
         need_gate, need_up, need_bias, _, *need_tensors = ctx.needs_input_grad
         need_values, need_lora = need_tensors[: len(values)], need_tensors[len(values) :]
-        grad = as_matrix(grad.resolve_neg())
-        call = (grad, as_matrix(gate), as_matrix(up), weight, adapters, h, need_gate, need_up, need_lora)
+        shape, grad = grad.shape[:-1], as_matrix(grad.resolve_neg())
+        h = inner_products(h, grad, adapters)
+        if gate is None:  # no gradient needs x
+            _, grad_A, grad_B = registry.run(
+                "lora_linear_backward", grad, None, weight, adapters, h, False, need_lora, backend=backend
+            )
+            grad_bias = bias_gradient(grad) if need_bias else None
+            return None, None, grad_bias, None, *[None] * len(values), *grad_A, *grad_B
+        up = None if up is None else as_matrix(up)
+        call = (grad, as_matrix(gate), up, weight, adapters, h, need_gate, need_up, need_lora)
         grad_values: list[Tensor | None] = []
         if values:
             deltas = Deltas(values, indices, delta_scaling)
             grad_gate, grad_up, grad_A, grad_B, grad_values = _backward_with_deltas(*call, deltas, need_values, backend)
         else:
             grad_gate, grad_up, grad_A, grad_B = registry.run("gated_lora_linear_backward", *call, backend=backend)
-        grad_gate, grad_up = (None if part is None else part.view(gate.shape) for part in (grad_gate, grad_up))
+        grad_gate, grad_up = (
+            None if part is None else part.view(*shape, part.shape[-1]) for part in (grad_gate, grad_up)
+        )
         grad_bias = bias_gradient(grad) if need_bias else None
         return grad_gate, grad_up, grad_bias, None, *grad_values, *grad_A, *grad_B
 
@@ -177,7 +205,7 @@ def _split(
 def _backward_with_deltas(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Weight,
     adapters: Adapters,
     h: Tensor,

@@ -5,8 +5,9 @@
     dAᵢ = gᵢᵀ Dᵢ(x)     dBᵢ = dyᵀ hᵢ     db = Σ dy
 
 Shapes: x [..., in], W [out, in], Aᵢ [r, in], Bᵢ [out, r], y [..., out]. Dᵢ is dropout with its own mask, which the
-backward pass computes again from the seed (:mod:`peftkern.ops.dropout`). What is kept for the backward pass is x, the
-h of all adapters side by side ([tokens, Σr], float32) and the seed; nothing of the size of W. dW is never formed.
+backward pass computes again from the seed (:mod:`peftkern.ops.dropout`). What is kept for the backward pass is x where
+an A is trained, the h of all adapters side by side ([tokens, Σr], float32) where a B is, and the seed; nothing of the
+size of W. dW is never formed.
 
 Source: LoRA, Hu et al. 2021 (arXiv:2106.09685), section 4.1; QLoRA, Dettmers et al. 2023 (arXiv:2305.14314), eq. 5.
 """
@@ -425,6 +426,14 @@ def _run_backward(
     return grad_x, grad_A, grad_B
 
 
+def inner_products(h: Tensor | None, grad: Tensor, adapters: Adapters) -> Tensor:
+    """h where it was kept; otherwise memory of its shape, which nothing reads because no B asks for a gradient."""
+    if h is not None:
+        return h
+    ranks = sum(lora_A.shape[0] for lora_A in adapters.lora_A)
+    return grad.new_empty(_tokens(grad), ranks, dtype=compute_dtype(grad))
+
+
 def bias_gradient(grad: Tensor) -> Tensor:
     """The sum over all tokens, [out]."""
     return as_matrix(grad).sum(0)
@@ -464,7 +473,8 @@ class _LoraLinear(torch.autograd.Function):
         y, h = _run_forward(x, weight, adapters, bias, backend)
         # not among the saved tensors, whose hooks would copy or offload a weight that stays where it is anyway
         ctx.call = (weight, weight_versions(weight), scaling, dropout_p, backend)
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[7 : 7 + count]) else None, seed, h, *lora)
+        need_A, need_B = ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[7 + count :]
+        ctx.save_for_backward(x if any(need_A) else None, seed, h if any(need_B) else None, *lora)
         return y
 
     @staticmethod
@@ -476,6 +486,7 @@ class _LoraLinear(torch.autograd.Function):
         adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
         need_x, need_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[7:]
         grad = grad.resolve_neg()  # the operator would be handed it so
+        h = inner_products(h, grad, adapters)
         grad_x, grad_A, grad_B = _run_backward(grad, x, weight, adapters, h, need_x, need_lora, backend)
         grad_bias = bias_gradient(grad) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None, None, None, None, *grad_A, *grad_B
@@ -539,8 +550,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[1])  # h is there for the backward pass, which has no second derivative
     ctx.count = len(lora_A)
     ctx.options = (weight[4:], scaling, dropout_p, backend)
-    need_A = any(a.requires_grad for a in lora_A)
-    ctx.save_for_backward(x if need_A else None, *weight[:4], *lora_A, *lora_B, seed, output[1])
+    need_A, need_B = (any(factor.requires_grad for factor in factors) for factors in (lora_A, lora_B))
+    h = output[1] if need_B else None
+    ctx.save_for_backward(x if need_A else None, *weight[:4], *lora_A, *lora_B, seed, h)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[Any, ...]:
@@ -557,6 +569,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     need_lora = [*need_A, *need_B]
     weight = (*weight_tensors, *weight_options)
     adapters = (lora_A, lora_B, scaling, dropout_p, seed)
+    h = inner_products(h, grad, Adapters(*adapters))
     gradients: list[Tensor] = []
     if need_x or any(need_lora):
         gradients = torch.ops.peftkern.lora_linear_backward(grad, x, *weight, *adapters, h, need_x, need_lora, backend)

@@ -4,8 +4,9 @@
     dx = Σᵢ dxᵢ                            one sum in float32, rounded once
 
 Each member is what :mod:`peftkern.ops.lora_linear` says, with the same shapes and gradients and a dropout seed of its
-own. What is kept for the backward pass is x, once, the h of all members side by side ([tokens, Σr], float32) and the
-seeds. A backend without a form of its own for a group runs the members one after another.
+own. What is kept for the backward pass is x, once, where an A is trained, the h of all members side by side ([tokens,
+Σr], float32) where a B is, and the seeds. A backend without a form of its own for a group runs the members one after
+another.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from peftkern.ops.lora_linear import (
     compute_dtype,
     flatten_weight,
     in_autocast_dtype,
+    inner_products,
     is_plain_eager,
     lora_linear,
     lora_linear_backward_reference,
@@ -200,11 +202,12 @@ class _LoraLinearGroup(torch.autograd.Function):
         y, h = _run_forward(as_matrix(x), members, backend)
         need_x, need_bias, need_lora = _needs(ctx, members)
         need_A = any(any(flags[: len(flags) // 2]) for flags in need_lora)
+        need_B = any(any(flags[len(flags) // 2 :]) for flags in need_lora)
         # not among the saved tensors, whose hooks would copy or offload weights that stay where they are anyway
         ctx.call = [(m.weight, weight_versions(m.weight), m.adapters.scaling, m.adapters.dropout_p) for m in members]
         ctx.options = (x.shape, backend)
         seeds = [member.adapters.seed for member in members]
-        ctx.save_for_backward(x if need_A else None, h, *seeds, *tensors[len(members) :])
+        ctx.save_for_backward(x if need_A else None, h if need_B else None, *seeds, *tensors[len(members) :])
         ctx.set_materialize_grads(False)
         # not views in autograd's eyes: the output of an operator may be modified in place, one of several views may not
         outputs = [torch.ops.aten._unsafe_view(part, [*x.shape[:-1], part.shape[-1]]) for part in y]
@@ -215,8 +218,8 @@ class _LoraLinearGroup(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, members, h = _saved(ctx)
         shape, backend = ctx.options
+        x, members, h = _saved(ctx, next(grad for grad in grads if grad is not None))
         need_x, need_bias, need_lora = _needs(ctx, members)
         parts = [None if grad is None else as_matrix(grad.resolve_neg()) for grad in grads]
         biases = [
@@ -251,8 +254,8 @@ def _chained(lora_A: Sequence[Sequence[Any]], lora_B: Sequence[Sequence[Any]]) -
     return [value for both in zip(lora_A, lora_B, strict=True) for factors in both for value in factors]
 
 
-def _saved(ctx: Any) -> tuple[Tensor | None, list[Member], Tensor]:
-    """x as a matrix, the members without their biases, and h."""
+def _saved(ctx: Any, grad: Tensor) -> tuple[Tensor | None, list[Member], Tensor]:
+    """x as a matrix, the members without their biases, and h; ``grad`` is of any output."""
     x, h, *tensors = ctx.saved_tensors
     seeds, factors = tensors[: len(ctx.call)], tensors[len(ctx.call) :]
     lora = _by_member(factors, [len(scaling) for _weight, _versions, scaling, _dropout_p in ctx.call])
@@ -261,6 +264,8 @@ def _saved(ctx: Any) -> tuple[Tensor | None, list[Member], Tensor]:
         check_versions(weight, versions)
         adapters = Adapters(both[: len(scaling)], both[len(scaling) :], scaling, dropout_p, seed)
         members.append(Member(weight, adapters, None))
+    if h is None:  # no B is trained, and nothing reads it
+        h = torch.cat([inner_products(None, grad, member.adapters) for member in members], dim=1)
     return None if x is None else as_matrix(x), members, h
 
 

@@ -40,6 +40,7 @@ from peftkern.ops.lora_linear import (
     dense_weight,
     flatten_weight,
     in_autocast_dtype,
+    inner_products,
     is_plain_eager,
     lora_linear_backward_reference,
     lora_linear_reference,
@@ -219,7 +220,8 @@ class _MaskedLinear(torch.autograd.Function):
         # not among the saved tensors, whose hooks would copy or offload a weight that stays where it is anyway
         ctx.call = (weight, weight_versions(weight), mask, scaling, dropout_p, backend)
         need_x = ctx.needs_input_grad[1] or any(ctx.needs_input_grad[8 : 8 + count])
-        ctx.save_for_backward(x if need_x else None, seed, h, *lora)
+        need_h = any(ctx.needs_input_grad[8 + count :])
+        ctx.save_for_backward(x if need_x else None, seed, h if need_h else None, *lora)
         return y
 
     @staticmethod
@@ -231,6 +233,7 @@ class _MaskedLinear(torch.autograd.Function):
         adapters = Adapters(lora[: len(scaling)], lora[len(scaling) :], scaling, dropout_p, seed)
         needs = ctx.needs_input_grad
         grad = grad.resolve_neg()  # the operator would be handed it so
+        h = inner_products(h, grad, adapters)
         grad_x, grad_weight, grad_A, grad_B = _run_backward(
             grad, x, weight, mask, adapters, h, needs[0], needs[1], needs[8:], backend
         )
@@ -310,7 +313,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.count = len(lora_A)
     ctx.options = (weight[4:], mask[1], scaling, dropout_p, backend)
     need_x = weight[0].requires_grad or any(a.requires_grad for a in lora_A)
-    ctx.save_for_backward(x if need_x else None, *weight[:4], mask[0], *lora_A, *lora_B, seed, output[1])
+    h = output[1] if any(b.requires_grad for b in lora_B) else None
+    ctx.save_for_backward(x if need_x else None, *weight[:4], mask[0], *lora_A, *lora_B, seed, h)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[Any, ...]:
@@ -328,6 +332,7 @@ def _backward(ctx: Any, grad: Tensor | None, _grad_h: Tensor | None) -> tuple[An
     weight_options, pattern, scaling, dropout_p, backend = ctx.options
     need_lora = [*need_A, *need_B]
     operands = (*weight_parts, *weight_options, bits, pattern, lora_A, lora_B, scaling, dropout_p, seed)
+    h = inner_products(h, grad, Adapters(lora_A, lora_B, scaling, dropout_p, seed))
     gradients: list[Tensor] = []
     if need_x or need_weight or any(need_lora):
         needs = (need_x, need_weight, need_lora)

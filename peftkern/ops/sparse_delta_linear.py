@@ -38,6 +38,7 @@ from peftkern.ops.lora_linear import (
     check_versions,
     flatten_weight,
     in_autocast_dtype,
+    inner_products,
     is_plain_eager,
     weight_tensors,
     weight_versions,
@@ -321,7 +322,8 @@ class _SparseDeltaLinear(torch.autograd.Function):
         ctx.call = (*call[:5], backend)
         ctx.versions = (weight_versions(weight), index_versions(indices))
         need_saved_x = any(ctx.needs_input_grad[3 : 3 + count + adapters_count])
-        ctx.save_for_backward(x if need_saved_x else None, seed, h, *tensors)
+        need_h = any(ctx.needs_input_grad[3 + count + adapters_count :])
+        ctx.save_for_backward(x if need_saved_x else None, seed, h if need_h else None, *tensors)
         # not a view in autograd's eyes: the output of an operator may be modified in place, a view may not
         return cast(Tensor, torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
 
@@ -341,6 +343,7 @@ class _SparseDeltaLinear(torch.autograd.Function):
         grad_, x_ = as_matrix(grad), None if x is None else as_matrix(x)
         grad_x, grad_A, grad_B = None, [None] * adapters_count, [None] * adapters_count
         if need_x or any(need_lora):
+            h = inner_products(h, grad, adapters)
             grad_x, grad_A, grad_B = registry.run(
                 "lora_linear_backward", grad_, x_, weight, adapters, h, need_x, need_lora, backend=backend
             )

@@ -61,7 +61,7 @@ def lora_linear_backward(
 def gated_lora_linear_backward(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Weight,
     adapters: Adapters,
     h: Tensor,

@@ -213,7 +213,7 @@ def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: W
 def gated_lora_linear_backward(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     weight: Weight,
     adapters: Adapters,
     h: Tensor,
