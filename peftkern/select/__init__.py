@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from peftkern.select.green_trainer import GreenTrainer as GreenTrainer
     from peftkern.select.half_fine_tuning import HalfFineTuning as HalfFineTuning
     from peftkern.select.half_fine_tuning import half_reset as half_reset
+    from peftkern.select.ladder import LadderClassifier as LadderClassifier
     from peftkern.select.layer_decay import layer_decay_groups as layer_decay_groups
     from peftkern.select.layer_decay import reinit_top as reinit_top
     from peftkern.select.lisa import LISA as LISA
@@ -51,6 +52,7 @@ _LAZY = {
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "LISA": "peftkern.select.lisa",
     "LayerRange": "peftkern.select.presets",
+    "LadderClassifier": "peftkern.select.ladder",
     "Method": "peftkern.select.method",
     "Policy": "peftkern.select.policy",
     "PowerMeter": "peftkern.select.savings",

@@ -83,8 +83,12 @@ class Execution:
             parameter.requires_grad_(True)
         if optimizer is not None:
             self._put_aside(optimizer, off, parked)
-        self._checkpointing.start()
+        self.skip_idle_regions()
         self.names = tuple(trained)
+
+    def skip_idle_regions(self) -> None:
+        """Checkpointing and hooks on embeddings as `apply` wants them, whatever is trained: for measuring before it."""
+        self._checkpointing.start()
 
     def _put_aside(self, optimizer: torch.optim.Optimizer, off: list[nn.Parameter], parked: bool) -> None:
         with_state = [parameter for parameter in off if optimizer.state.get(parameter)]

@@ -265,6 +265,7 @@ class Policy(Method):
         if self._is_due() and model.training and torch.is_grad_enabled() and not self._is_selecting:
             check_between_updates(model)
             self._is_selecting = True
+            self.execution().skip_idle_regions()
             try:
                 batch = _as_batch(model, args, kwargs)
                 self.observe(batch)

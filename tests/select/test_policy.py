@@ -97,6 +97,18 @@ def test_only_a_forward_of_training_that_begins_an_update_is_looked_at() -> None
     assert words_trained(policy) == [(0, WORDS[0])]
 
 
+def test_what_is_measured_before_the_first_selection_is_measured_without_the_hook_on_embeddings() -> None:
+    model = llama()
+    model.requires_grad_(False)
+    model.model.layers[1].requires_grad_(True)
+    model.enable_input_require_grads()
+    policy, _ = begun(model, RoundRobin(("layers.1.mlp",), 1))
+    asked = []
+    policy.inside = lambda batch: asked.append(model.model.embed_tokens(batch["input_ids"]).requires_grad)
+    policy.step(model, batches(1)[0])
+    assert asked == [False]
+
+
 def test_accumulated_gradients_are_an_error_before_the_probe() -> None:
     model = llama()
     policy, optimizer = begun(model)
