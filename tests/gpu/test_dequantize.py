@@ -159,7 +159,7 @@ def test_a_group_is_its_members_below_each_other(
     weights = _group(format, double_quant, shapes)
     rows = sum(shape[0] for shape in shapes)
     scratch = torch.full((rows + 2, shapes[0][1]), 7.0, dtype=dtype, device="cuda")
-    dequantize_group(weights, scratch[1:-1])
+    dequantize_group(weights, scratch[1:-1].split([shape[0] for shape in shapes]))
     expected = [dequantize_reference(weight.to("cpu"), dtype) for weight in weights]
     assert_same_bits(scratch[1:-1].cpu(), torch.cat(expected))
     assert (scratch[[0, -1]] == 7).all()
@@ -170,7 +170,7 @@ def test_a_group_is_one_launch_that_reads_and_writes_each_byte_once(format: str,
     weights = _group(format, double_quant, GROUPS[0])
     out = torch.empty(128, 128, dtype=torch.bfloat16, device="cuda")
     with launch.recording() as launches:
-        dequantize_group(weights, out)
+        dequantize_group(weights, out.split([weight.shape[0] for weight in weights]))
     (only,) = launches
     assert only.bytes_read == sum(weight.nbytes for weight in weights)
     assert only.bytes_written == 2 * 128 * 128

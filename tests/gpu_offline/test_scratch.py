@@ -42,6 +42,31 @@ def test_another_stream_has_another_buffer(streams: list[int]) -> None:
     assert scratch.scratch(torch.empty(0), 10).data_ptr() != first.data_ptr()
 
 
+def test_matrices_lie_below_each_other_in_it_and_are_made_once() -> None:
+    like = torch.empty(0, dtype=torch.bfloat16)
+    first, second = scratch.scratch_matrices(like, (3, 2), 4)
+    assert (first.shape, second.shape, first.dtype) == ((3, 4), (2, 4), torch.bfloat16)
+    assert first.data_ptr() == scratch.scratch(like, 1).data_ptr()
+    assert second.data_ptr() == first.data_ptr() + first.nbytes
+    assert scratch.scratch_matrices(like, (3, 2), 4)[0] is first
+    assert scratch.scratch_matrices(like, (2, 3), 4)[0].shape == (2, 4)
+
+
+def test_matrices_follow_the_buffer_when_it_grows_or_is_freed() -> None:
+    like = torch.empty(0)
+    scratch.scratch_matrices(like, (1,), 4)
+    large = scratch.scratch(like, 1000)
+    assert scratch.scratch_matrices(like, (1,), 4)[0].data_ptr() == large.data_ptr()
+    scratch.free_scratch()
+    assert scratch._matrices == {}
+
+
+def test_matrices_of_another_stream_are_elsewhere(streams: list[int]) -> None:
+    (first,) = scratch.scratch_matrices(torch.empty(0), (2,), 4)
+    streams.append(1)
+    assert scratch.scratch_matrices(torch.empty(0), (2,), 4)[0].data_ptr() != first.data_ptr()
+
+
 def test_tensors_without_memory_take_none() -> None:
     assert scratch.scratch(torch.empty(0, device="meta"), 10).is_meta
     assert scratch.scratch_bytes() == 0

@@ -86,10 +86,13 @@ def choose(
         dtype: of x, float32, bfloat16 or float16; float32 follows ``torch.get_float32_matmul_precision()``.
         device: as :func:`device_key` tells it.
     """
-    product = Product(direction, tokens, out_features, in_features, members, quantized, arithmetic_of(dtype))
+    product = _product(direction, tokens, out_features, in_features, members, quantized, arithmetic_of(dtype))
     if _forced and _forced[-1] in possible_paths(product):
         return Choice(_forced[-1], "forced")
     return _choose(product, device)
+
+
+_product = lru_cache(maxsize=4096)(Product)
 
 
 def forget() -> None:

@@ -116,14 +116,14 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     return out
 
 
-def dequantize_group(weights: Sequence[QuantizedTensor], out: Tensor) -> None:
-    """Decode weights below each other, all in one launch.
+def dequantize_group(weights: Sequence[QuantizedTensor], outs: Sequence[Tensor]) -> None:
+    """Decode weights, all in one launch.
 
     Args:
         weights: up to three, [out_i, in], of one :class:`~peftkern.backends.triton.weights.WeightKind`.
-        out: [Σ out_i, in] float32, bfloat16 or float16, contiguous; overwritten.
+        outs: [out_i, in] float32, bfloat16 or float16, contiguous; overwritten.
     """
-    _decode(weights, out.split([weight.shape[0] for weight in weights]))
+    _decode(weights, outs)
 
 
 def _decode(weights: Sequence[QuantizedTensor], outs: Sequence[Tensor]) -> None:

@@ -192,23 +192,25 @@ def _plain(arguments: tuple[Any, ...], deciding: list[Any]) -> tuple[Any, ...]:
         kind = type(argument)
         if kind is int:
             plain.append(argument)
-            deciding.append(1 if argument == 1 else (argument % 16 == 0, _width(argument)))
-        elif isinstance(argument, tuple):
-            deciding.append(len(argument))
-            plain.append(_plain(argument, deciding))
+            deciding.append(_whole(argument))
         elif isinstance(argument, Tensor):
             address = argument.data_ptr()
             plain.append(address)
-            deciding += (argument.dtype, address % 16 == 0)
+            deciding.append(argument.dtype if address % 16 == 0 else (argument.dtype,))
+        elif isinstance(argument, tuple):
+            deciding.append(len(argument))
+            plain.append(_plain(argument, deciding))
         else:
             plain.append(argument)
             deciding.append(argument if argument is None else kind)
     return tuple(plain)
 
 
-def _width(number: int) -> int:
-    """0 for an int32, 1 for an int64, 2 for an uint64."""
-    return 0 if -(1 << 31) <= number < 1 << 31 else 1 if number < 1 << 63 else 2
+def _whole(number: int) -> Any:
+    """What counts of a whole number: whether it is 1, whether 16 divides it, and whether it is an int32 or wider."""
+    if -(1 << 31) <= number < 1 << 31:
+        return 1 if number == 1 else 16 if number % 16 == 0 else 2
+    return (number % 16 == 0, number >= 1 << 63)
 
 
 def unremarkable(number: int) -> int:

@@ -23,7 +23,7 @@ from peftkern.backends.triton.input_gradient import input_gradient
 from peftkern.backends.triton.product import product
 from peftkern.backends.triton.project import project
 from peftkern.backends.triton.reduce import sum_parts
-from peftkern.backends.triton.scratch import scratch
+from peftkern.backends.triton.scratch import scratch_matrices
 from peftkern.backends.triton.silu_mul import silu_mul_backward
 from peftkern.backends.triton.weights import DENSE, WeightArguments, weight_arguments, weight_kind
 from peftkern.formats import QuantizedTensor
@@ -350,10 +350,9 @@ def _dense(weights: Sequence[Weight], like: Tensor) -> Sequence[Tensor]:
     if isinstance(weights[0], Tensor):
         return [weight.to(like.dtype) for weight in weights if isinstance(weight, Tensor)]
     quantized = [weight for weight in weights if isinstance(weight, QuantizedTensor)]
-    rows, columns = [weight.shape[0] for weight in quantized], quantized[0].shape[1]
-    out = scratch(like, sum(rows) * columns).view(sum(rows), columns)
-    dequantize_group(quantized, out)
-    return torch.split(out, rows)
+    outs = scratch_matrices(like, tuple(weight.shape[0] for weight in quantized), quantized[0].shape[1])
+    dequantize_group(quantized, outs)
+    return outs
 
 
 def _unit_stride(matrix: Tensor) -> Tensor:

@@ -55,11 +55,11 @@ NO_WEIGHT = WeightKind(DENSE, "", 0, 0, True, None)
 def weight_kind(weight: Weight) -> WeightKind:
     """The kind of one weight."""
     if isinstance(weight, Tensor):
-        return WeightKind(DENSE, "", 0, 0, True, weight.dtype)
+        return _kind(DENSE, "", 0, 0, True, weight.dtype)
     if weight.format == "int8":
-        return WeightKind(INT8, "", 0, 0, True, None)
+        return _kind(INT8, "", 0, 0, True, None)
     nested = weight.double_quantization
-    return WeightKind(
+    return _kind(
         FOUR_BIT if weight.format in FOUR_BIT_FORMATS else INT8_BLOCKWISE,
         weight.format,
         weight.block_size,
@@ -67,6 +67,10 @@ def weight_kind(weight: Weight) -> WeightKind:
         has_whole_blocks(weight.shape, weight.block_size),
         None,
     )
+
+
+_kind = lru_cache(maxsize=256)(WeightKind)
+"""Kinds are asked for several times in a call, and are few."""
 
 
 @dataclass(frozen=True)
