@@ -230,13 +230,15 @@ using ScaleTuple = std::tuple<float, uintptr_t, uintptr_t, int64_t>;
 
 void adamw(const std::string& isa, const ValuesTuple& parameter, const ValuesTuple& gradient, int64_t elements,
            const MomentTuple& mean, const MomentTuple& square, const std::array<float, 8>& coefficients,
-           const AgesTuple& ages, const ScaleTuple& scale, int threads) {
-  if (std::get<0>(parameter) == 0 || std::get<0>(gradient) == 0 || std::get<0>(mean) == 0 || std::get<0>(square) == 0)
+           const AgesTuple& ages, const ScaleTuple& scale, bool probe, int threads) {
+  const bool lacks_moments = std::get<0>(mean) == 0 || std::get<0>(square) == 0;
+  if (std::get<0>(parameter) == 0 || std::get<0>(gradient) == 0 || (lacks_moments && !probe))
     throw std::invalid_argument("adamw: parameter, gradient and moments must have memory on the CPU");
   cpu::AdamW a;
+  a.probe = probe;
   a.parameter = reinterpret_cast<void*>(std::get<0>(parameter));
   a.parameter_dtype = static_cast<DType>(std::get<1>(parameter));
-  a.gradient = pointer<void>(std::get<0>(gradient));
+  a.gradient = reinterpret_cast<void*>(std::get<0>(gradient));
   a.gradient_dtype = static_cast<DType>(std::get<1>(gradient));
   a.elements = elements;
   a.mean = to_moment(mean);
@@ -295,8 +297,8 @@ void score_collect(const std::string& isa, const ScoresTuple& scores, uint32_t k
   cpu::run_score_collect(kernels, s, key, ties, reinterpret_cast<int64_t*>(out), count, threads);
 }
 
-// (term, gradient, other, rows, columns); the address of `other` is 0 where there is none
-using ImportanceTuple = std::tuple<int, ValuesTuple, ValuesTuple, int64_t, int64_t>;
+// (term, gradient, other, saved, rows, columns); the address of `other` and that of `saved` are 0 where there is none
+using ImportanceTuple = std::tuple<int, ValuesTuple, ValuesTuple, uintptr_t, int64_t, int64_t>;
 
 cpu::Importance to_importance(const ImportanceTuple& t) {
   cpu::Importance p;
@@ -305,8 +307,9 @@ cpu::Importance to_importance(const ImportanceTuple& t) {
   p.gradient_dtype = static_cast<DType>(std::get<1>(std::get<1>(t)));
   p.other = pointer<void>(std::get<0>(std::get<2>(t)));
   p.other_dtype = static_cast<DType>(std::get<1>(std::get<2>(t)));
-  p.rows = std::get<3>(t);
-  p.columns = std::get<4>(t);
+  p.saved = pointer<void>(std::get<3>(t));
+  p.rows = std::get<4>(t);
+  p.columns = std::get<5>(t);
   if (p.gradient == nullptr) throw std::invalid_argument("importance: tensors must have memory on the CPU");
   return p;
 }
@@ -376,7 +379,7 @@ PYBIND11_MODULE(_cpu, module) {
              py::arg("threads"), "csrc/cpu/kernels.h, struct SparseProduct, says what is computed.");
   module.def("adamw", &adamw, py::arg("isa"), py::arg("parameter"), py::arg("gradient"), py::arg("elements"),
              py::arg("mean"), py::arg("square"), py::arg("coefficients"), py::arg("ages"), py::arg("scale"),
-             py::arg("threads"), "csrc/cpu/kernels.h, struct AdamW, says what is computed.");
+             py::arg("probe"), py::arg("threads"), "csrc/cpu/kernels.h, struct AdamW, says what is computed.");
   module.def("score_histogram", &score_histogram, py::arg("isa"), py::arg("scores"), py::arg("shift"), py::arg("bits"),
              py::arg("prefix"), py::arg("counts"), py::arg("threads"),
              "csrc/cpu/kernels.h, structs Scores and Digit, says what is counted.");

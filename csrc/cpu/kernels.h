@@ -148,7 +148,7 @@ constexpr int kMomentCellShift = 16;   // bits of a float below those that say w
 // A moment: floats, or codes where there is `absmax`. To encode, the magnitude's upper bits, less those of the first
 // cell, give the bounds that are below the cell; one bound more may be in it.
 struct Moment {
-  void* data = nullptr;
+  void* data = nullptr;            // null: all are 0, which a probe may ask for
   float* absmax = nullptr;         // of each block
   const float* values = nullptr;   // of the 256 codes
   const float* bounds = nullptr;   // ascending, and infinity
@@ -159,11 +159,13 @@ struct Moment {
 };
 
 // One update in place; peftkern/ops/adamw.py says what is computed. All tensors are contiguous. The update is
-// multiplied by `row_scales` or by `mask` where there is one, by `scale` otherwise.
+// multiplied by `row_scales` or by `mask` where there is one, by `scale` otherwise. A probe leaves moments and ages as
+// they are, and writes what the parameter was where the gradient is, which has the parameter's dtype.
 struct AdamW {
+  bool probe = false;
   void* parameter = nullptr;
   DType parameter_dtype = DType::float32;
-  const void* gradient = nullptr;
+  void* gradient = nullptr;
   DType gradient_dtype = DType::float32;
   int64_t elements = 0;
   Moment mean, square;
@@ -203,7 +205,7 @@ struct Digit {
 };
 
 // Terms of importance; peftkern/ops/importance.py says what they are. All tensors are contiguous.
-enum class Term : int32_t { sum = 0, square = 1, product = 2 };
+enum class Term : int32_t { sum = 0, square = 1, product = 2, difference = 3 };
 
 struct Importance {
   Term term = Term::sum;
@@ -211,6 +213,7 @@ struct Importance {
   DType gradient_dtype = DType::float32;
   const void* other = nullptr;
   DType other_dtype = DType::float32;
+  const void* saved = nullptr;  // difference: what `other` was, of its dtype
   int64_t rows = 0, columns = 0;
 };
 
@@ -232,6 +235,7 @@ struct Kernels {
   // The gradients of these features' entries from the sums of all groups, [groups][entries].
   void (*sparse_gradients)(const SparseProduct&, const float* sums, int64_t groups, int64_t begin, int64_t end);
   void (*adamw_elements)(const AdamW&, int64_t begin, int64_t end);
+  void (*adamw_probe_elements)(const AdamW&, int64_t begin, int64_t end);
   void (*score_counts)(const Scores&, const Digit&, int64_t begin, int64_t end, int64_t* counts);
   void (*score_compare)(const Scores&, uint32_t key, int64_t begin, int64_t end, int64_t* above, int64_t* equal);
   void (*score_collect)(const Scores&, uint32_t key, int64_t ties, int64_t begin, int64_t end, int64_t* out);

@@ -102,11 +102,12 @@ void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads
 }
 
 void run_adamw(const Kernels& kernels, const AdamW& a, int threads) {
+  const auto update = a.probe ? kernels.adamw_probe_elements : kernels.adamw_elements;
   const int64_t blocks_per_task = kElementsPerTask / kMomentBlock;
   const int64_t elements_per_task = blocks_per_task * kMomentBlock;
   parallel_for((a.elements + elements_per_task - 1) / elements_per_task, threads, [&](int64_t task) {
     const int64_t begin = task * elements_per_task;
-    kernels.adamw_elements(a, begin, std::min(a.elements, begin + elements_per_task));
+    update(a, begin, std::min(a.elements, begin + elements_per_task));
   });
 }
 

@@ -27,8 +27,21 @@ def adamw(
     scale: Scale,
 ) -> None:
     """See :func:`peftkern.ops.adamw.adamw_`. What is not contiguous is copied, and the parameter back."""
-    mean, square = ((moment.data_ptr(), 0, 0, 0, 0, 0, 0, False) for moment in (exp_avg, exp_avg_sq))
-    _update(parameter, gradient, mean, square, coefficients, age, scale)
+    _update(parameter, gradient, _float_moments(exp_avg, exp_avg_sq), coefficients, age, scale)
+
+
+@registry.register("adamw_probe", "cpu", supports=cpu.supports_values)
+def adamw_probe(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_probe_`. What is not contiguous is copied, and copied back."""
+    _update(parameter, gradient, _float_moments(exp_avg, exp_avg_sq), coefficients, age, scale, probe=True)
 
 
 @registry.register("adamw_8bit", "cpu", supports=cpu.supports_values)
@@ -44,40 +57,74 @@ def adamw_8bit(
     scale: Scale,
 ) -> None:
     """See :func:`peftkern.ops.adamw.adamw_8bit_`. What is not contiguous is copied, and the parameter back."""
+    _update(parameter, gradient, _code_moments(state1, state2, absmax1, absmax2), coefficients, age, scale)
+
+
+@registry.register("adamw_8bit_probe", "cpu", supports=cpu.supports_values)
+def adamw_8bit_probe(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_8bit_probe_`. What is not contiguous is copied, and copied back."""
+    _update(parameter, gradient, _code_moments(state1, state2, absmax1, absmax2), coefficients, age, scale, probe=True)
+
+
+Moments = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""Both moments for the native call."""
+
+
+def _float_moments(exp_avg: Tensor | None, exp_avg_sq: Tensor | None) -> Moments:
+    addresses = (0 if moment is None else moment.data_ptr() for moment in (exp_avg, exp_avg_sq))
+    mean, square = ((address, 0, 0, 0, 0, 0, 0, False) for address in addresses)
+    return mean, square
+
+
+def _code_moments(state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor) -> Moments:
     mean = (state1.data_ptr(), absmax1.data_ptr(), *_code_tables(True), True)
-    square = (state2.data_ptr(), absmax2.data_ptr(), *_code_tables(False), False)
-    _update(parameter, gradient, mean, square, coefficients, age, scale)
+    return mean, (state2.data_ptr(), absmax2.data_ptr(), *_code_tables(False), False)
 
 
 def _update(
     parameter: Tensor,
     gradient: Tensor,
-    mean: tuple[Any, ...],
-    square: tuple[Any, ...],
+    moments: Moments,
     coefficients: Coefficients,
     age: Tensor | None,
     scale: Scale,
+    probe: bool = False,
 ) -> None:
     if parameter.numel() == 0:
         return
-    values = parameter.resolve_neg().contiguous()
-    gradient = gradient.resolve_neg().contiguous()
+    values, incoming = (tensor.resolve_neg().contiguous() for tensor in (parameter, gradient))
     factors, alive = _scale_tuple(parameter, scale)
     cpu.native.adamw(
         cpu.chosen_isa(),
         cpu.values_tuple(values),
-        cpu.values_tuple(gradient),
+        cpu.values_tuple(incoming),
         values.numel(),
-        mean,
-        square,
+        *moments,
         _numbers(coefficients),
         _ages_tuple(coefficients, age),
         factors,
+        probe,
         torch.get_num_threads(),
     )
     del alive
-    if values.data_ptr() != parameter.data_ptr():
-        parameter.copy_(values)
+    _copy_back(parameter, values)
+    if probe:
+        _copy_back(gradient, incoming)
+
+
+def _copy_back(tensor: Tensor, values: Tensor) -> None:
+    if values.data_ptr() != tensor.data_ptr():
+        tensor.copy_(values)
 
 
 def _numbers(c: Coefficients) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from peftkern.backends import cpu, registry
 from peftkern.ops.select_top import BUCKETS, Scored
 
 _SCORE_CODE = {"magnitude": 0, "value": 1, "difference": 2, "product": 3, "outer": 4}
-_TERM_CODE = {"sum": 0, "square": 1, "product": 2}
+_TERM_CODE = {"sum": 0, "square": 1, "product": 2, "difference": 3}
 """As in csrc/cpu/kernels.h."""
 
 
@@ -60,21 +60,22 @@ def score_collect(entry: Scored, key: int, ties: int, count: int) -> Tensor:
 
 
 def _importance_tuple(
-    gradient: Tensor, kind: str, other: Tensor | None, rows: int
+    gradient: Tensor, kind: str, other: Tensor | None, rows: int, saved: Tensor | None = None
 ) -> tuple[tuple[Any, ...], list[Tensor | None]]:
     """The terms for the native call, and the tensors that have to live as long as it."""
     gradient = gradient.resolve_neg().contiguous()
-    other = None if other is None else other.resolve_neg().contiguous()
+    other, saved = (None if tensor is None else tensor.resolve_neg().contiguous() for tensor in (other, saved))
     columns = gradient.numel() // max(rows, 1)
-    terms = (_TERM_CODE[kind], cpu.values_tuple(gradient), cpu.values_tuple(other), rows, columns)
-    return terms, [gradient, other]
+    address = 0 if saved is None else saved.data_ptr()
+    terms = (_TERM_CODE[kind], cpu.values_tuple(gradient), cpu.values_tuple(other), address, rows, columns)
+    return terms, [gradient, other, saved]
 
 
-def _row_sums(gradient: Tensor, kind: str, other: Tensor | None, rows: int) -> Tensor:
+def _row_sums(gradient: Tensor, kind: str, other: Tensor | None, rows: int, saved: Tensor | None = None) -> Tensor:
     """[rows] float64."""
     sums = torch.zeros(rows, dtype=torch.float64, device=gradient.device)
     if gradient.numel() > 0:
-        terms, alive = _importance_tuple(gradient, kind, other, rows)
+        terms, alive = _importance_tuple(gradient, kind, other, rows, saved)
         cpu.native.sum_importance(cpu.chosen_isa(), terms, sums.data_ptr(), torch.get_num_threads())
         del alive
     return sums
@@ -95,3 +96,9 @@ def accumulate_importance(total: Tensor, gradient: Tensor, kind: str, other: Ten
 def importance_dot(gradient: Tensor, delta: Tensor) -> Tensor:
     """See :func:`peftkern.ops.importance.importance_dot`. What is not contiguous is copied first."""
     return _row_sums(gradient, "product", delta, 1)[0].float()
+
+
+@registry.register("probe_dot", "cpu", supports=cpu.supports_values)
+def probe_dot(gradient: Tensor, weight: Tensor, saved: Tensor) -> Tensor:
+    """See :func:`peftkern.ops.importance.probe_dot`. What is not contiguous is copied first."""
+    return _row_sums(gradient, "difference", weight, 1, saved)[0].float()

@@ -128,11 +128,14 @@ def _training_calls() -> Iterator[tuple[str, str, Arguments]]:
     yield "adamw", text, partial(tuple, (weight, weight, weight, weight, coefficients, None, None))
     moments = empty_moments(weight)
     yield "adamw_8bit", text, partial(tuple, (weight, weight, *moments, coefficients, None, None))
+    yield "adamw_probe", text, partial(tuple, (weight, weight, weight, weight, coefficients, None, None))
+    yield "adamw_8bit_probe", text, partial(tuple, (weight, weight, *moments, coefficients, None, None))
     scored = Scored("magnitude", weight.view(-1), None, None)
     yield "score_histogram", text, partial(tuple, (scored, *PASSES[0], 0))
     yield "score_collect", text, partial(tuple, (scored, 0, 1, 1))
     yield "accumulate_importance", text, partial(tuple, (weight, weight, "square", None))
     yield "importance_dot", text, partial(tuple, (weight, weight))
+    yield "probe_dot", text, partial(tuple, (weight, weight, weight))
 
 
 _FEATURES, _TOKENS, _RANK = 128, 32, 16

@@ -92,9 +92,10 @@ def _training() -> Iterator[Item]:
     for bits in (32, 8):
         for kept in (None, 0.01):
             yield Update(_SQUARE, bits, torch.bfloat16, kept)
+        yield Update(_SQUARE, bits, torch.bfloat16, probe=True)
     yield Selection(_SQUARE, 0.01, torch.bfloat16)
     yield Selection(_SQUARE, 0.01, torch.float32, excluded=0.1)
-    for over in ("entries", "rows", "all"):
+    for over in ("entries", "rows", "all", "probe"):
         yield Importance(_SQUARE, over, torch.bfloat16)
 
 

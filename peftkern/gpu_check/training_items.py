@@ -321,22 +321,27 @@ def _random_indices(shape: tuple[int, int], density: float, device: str) -> Spar
 
 @dataclass(frozen=True)
 class Update(TrainingItem):
-    """One update by AdamW with moments of ``bits``; ``kept``: the share of entries that a mask trains, or all."""
+    """One update by AdamW with moments of ``bits``; ``kept``: the share of entries that a mask trains, or all.
+
+    ``probe``: on trial.
+    """
 
     bits: int
     dtype: torch.dtype
     kept: float | None = None
+    probe: bool = False
 
     @property
     def peers(self) -> tuple[str, ...]:
-        if self.kept is not None:
+        if self.kept is not None or self.probe:
             return ()
         return (peers.BITSANDBYTES,) if self.dtype != torch.float32 or self.bits == 8 else (peers.TORCH,)
 
     @property
     def _name(self) -> str:
         kept = "" if self.kept is None else f", {self.kept:.0%} trained"
-        return f"AdamW {self.bits}-bit{kept}, {_dtype(self.dtype)}"
+        probe = " on trial" if self.probe else ""
+        return f"AdamW {self.bits}-bit{probe}{kept}, {_dtype(self.dtype)}"
 
     def _make(self, device: str) -> Operands:
         parameter, gradient = (torch.randn(self.shape, device=device).to(self.dtype) for _ in range(2))
@@ -352,12 +357,13 @@ class Update(TrainingItem):
         return made if self.kept is None else {**made, "mask": _random_mask(self.shape, self.kept, device)}
 
     def _run(self, operands: Operands, backend: str) -> list[Tensor]:
-        changed = [operands[name] for name in ("parameter", *_MOMENTS[self.bits])]
-        coefficients, _ = coefficients_of(changed[0].device, 1e-3, (0.9, 0.999), 1e-8, 0.01, 1)
-        operation = "adamw_8bit" if self.bits == 8 else "adamw"
+        parameter, gradient = operands["parameter"], operands["gradient"]
+        moments = [operands[name] for name in _MOMENTS[self.bits]]
+        coefficients, _ = coefficients_of(parameter.device, 1e-3, (0.9, 0.999), 1e-8, 0.01, 1)
+        operation = ("adamw_8bit" if self.bits == 8 else "adamw") + ("_probe" if self.probe else "")
         settings = (coefficients, None, operands.get("mask"))
-        registry.run(operation, changed[0], operands["gradient"], *changed[1:], *settings, backend=backend)
-        return changed
+        registry.run(operation, parameter, gradient, *moments, *settings, backend=backend)
+        return [parameter, gradient] if self.probe else [parameter, *moments]
 
     def _exact(self, operands: Operands) -> list[Tensor]:
         return self._run(_copy(operands), "reference")
@@ -434,14 +440,17 @@ def _bound(a: Tensor, exclude: Tensor | None, count: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Importance(TrainingItem):
-    """Products of a gradient and another tensor, summed up ``over`` batches ("entries"), rows, or all of them."""
+    """Products of a gradient and another tensor, summed up ``over`` batches ("entries"), rows, or all of them.
+
+    ``over`` "probe": all products with the difference of two tensors.
+    """
 
     over: str
     dtype: torch.dtype
 
     @property
     def _name(self) -> str:
-        return f"importance over {self.over}, {_dtype(self.dtype)}"
+        return f"importance {'of a' if self.over == 'probe' else 'over'} {self.over}, {_dtype(self.dtype)}"
 
     @property
     def _limit(self) -> float:
@@ -450,6 +459,9 @@ class Importance(TrainingItem):
     def _make(self, device: str) -> Operands:
         gradient, other = (torch.rand(self.shape, device=device).to(self.dtype) for _ in range(2))
         operands = {"gradient": gradient, "other": other}
+        if self.over == "probe":
+            # below the other, so that terms do not cancel
+            return operands | {"saved": other / 2}
         if self.over == "all":
             return operands
         return operands | {"total": torch.zeros(self.shape if self.over == "entries" else self.shape[0], device=device)}
@@ -458,12 +470,15 @@ class Importance(TrainingItem):
         gradient, other = operands["gradient"], operands["other"]
         if self.over == "all":
             return [registry.run("importance_dot", gradient, other, backend=backend)]
+        if self.over == "probe":
+            return [registry.run("probe_dot", gradient, other, operands["saved"], backend=backend)]
         total = operands["total"]
         registry.run("accumulate_importance", total, gradient, "product", other, backend=backend)
         return [total]
 
     def _exact(self, operands: Operands) -> list[Tensor]:
-        terms = operands["gradient"].double() * operands["other"].double()
+        other = operands["other"].double()
+        terms = operands["gradient"].double() * (other - operands["saved"].double() if "saved" in operands else other)
         return [terms if self.over == "entries" else terms.sum(1) if self.over == "rows" else terms.sum()]
 
     def _error(self, found: list[Tensor], exact: list[Tensor]) -> float:

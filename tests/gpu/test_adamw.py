@@ -19,6 +19,8 @@ from peftkern.ops.adamw import (
     Scale,
     adamw_,
     adamw_8bit_,
+    adamw_8bit_probe_,
+    adamw_probe_,
     empty_moments,
     moment_magnitudes,
     quantize_moment,
@@ -242,6 +244,70 @@ def test_not_a_number_is_not_hidden(bits: int) -> None:
     update.step(torch.ones(2, 256, device=DEVICE), 2, "triton")
     assert update.parameter[0].isfinite().all()
     assert bool(update.parameter[1, 3].isnan())
+
+
+# ---- an update on trial
+
+
+def trial(update: Update, gradient: Tensor, number: int, backend: str) -> None:
+    tried = adamw_probe_ if len(update.state) == 2 else adamw_8bit_probe_
+    step = number if update.age is None else update.age
+    tried(update.parameter, gradient, *update.state, step=step, scale=update.scale, backend=backend, **NUMBERS)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("aged", [False, True], ids=["step", "ages"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_update_on_trial_is_the_update_and_leaves_the_state(
+    bits: int, dtype: torch.dtype, aged: bool, scale: str
+) -> None:
+    update = Update.make((5, 260), dtype, bits=bits, aged=aged, scale=scale)
+    update.step(gradient_of(update, 1, dtype), 1, "reference")  # moments that are not 0
+    found, before, gradient = update.to(DEVICE), update.to("cpu"), gradient_of(update, 2, dtype)
+    there = gradient.to(DEVICE, copy=True)
+    trial(found, there, 2, "triton")
+    update.step(gradient, 2, "reference")
+    assert_same_bits(found.parameter.cpu(), update.parameter)
+    assert_same_bits(there.cpu(), before.parameter)
+    found.parameter = there
+    assert_same(found, before)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (255,), (257,), (2, 3, 171)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_trial_without_moments(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    update = Update.make(shape, dtype)
+    found, before, gradient = update.to(DEVICE), update.parameter.clone(), gradient_of(update, 1, dtype)
+    there = gradient.to(DEVICE, copy=True)
+    adamw_probe_(found.parameter, there, None, None, step=1, backend="triton", **NUMBERS)
+    update.step(gradient, 1, "reference")
+    assert_same_bits(found.parameter.cpu(), update.parameter)
+    assert_same_bits(there.cpu(), before)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_strides_of_a_trial(bits: int) -> None:
+    update = Update.make((40, 30), torch.float32, bits=bits)
+    gradient = gradient_of(update, 1, torch.float32)
+    found, before = update.to(DEVICE), update.parameter.clone()
+    found.parameter = found.parameter.t().contiguous().t()
+    there = gradient.t().contiguous().t().to(DEVICE)
+    trial(found, there, 1, "triton")
+    update.step(gradient, 1, "reference")
+    assert_same_bits(found.parameter.cpu().contiguous(), update.parameter)
+    assert_same_bits(there.cpu().contiguous(), before)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_trial_is_one_launch_that_writes_no_state(bits: int) -> None:
+    update = Update.make((9, 256), torch.bfloat16, bits=bits, aged=True, scale="mask").to(DEVICE)
+    with launch.recording() as launches:
+        trial(update, torch.ones(9, 256, dtype=torch.bfloat16, device=DEVICE), 1, "triton")
+    (one,) = launches
+    moments = 2 * 4 * 9 * 256 if bits == 32 else 2 * 9 * (256 + 4)
+    written = 2 * 2 * 9 * 256
+    assert (one.bytes_written, one.bytes_read) == (written, written + moments + 4 * 9 * 256 + 9 * 32)
 
 
 # ---- launches and the optimizer

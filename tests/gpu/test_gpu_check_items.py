@@ -48,9 +48,10 @@ ITEMS: list[Item] = [
         for way in ("forward", "backward")
     ),
     *(Update((5, 250), bits, torch.bfloat16, kept) for bits in (32, 8) for kept in (None, 0.2)),
+    *(Update((5, 250), bits, torch.bfloat16, probe=True) for bits in (32, 8)),
     Selection((30, 10), 0.05, torch.bfloat16),
     Selection((30, 10), 0.05, torch.float32, excluded=0.2),
-    *(Importance((30, 40), over, torch.bfloat16) for over in ("entries", "rows", "all")),
+    *(Importance((30, 40), over, torch.bfloat16) for over in ("entries", "rows", "all", "probe")),
 ]
 
 

@@ -9,7 +9,7 @@ from same_bits import DTYPES, assert_same_bits
 from torch import Tensor
 
 from peftkern.backends.triton import importance as kernels
-from peftkern.ops.importance import KINDS, accumulate_importance_, importance_dot
+from peftkern.ops.importance import KINDS, accumulate_importance_, importance_dot, probe_dot
 
 SHAPES = [(1,), (1025,), (3, 700), (2, 3, 171), (700, 3)]
 
@@ -103,3 +103,21 @@ def test_launches() -> None:
     assert names(total, gradient[:, : kernels._PART_COLUMNS]) == [rows]
     assert names(total, gradient) == [rows, rows]
     assert names(torch.zeros(0, device=DEVICE), torch.ones(0, 4, device=DEVICE)) == []
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 40_000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_dot_product_with_a_difference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gradient, saved = random(shape, torch.bfloat16, 1), random(shape, dtype, 2)
+    weight = (saved.float() * 1.01 + 1e-3).to(dtype)
+    found = probe_dot(*(tensor.to(DEVICE) for tensor in (gradient, weight, saved)), backend="triton")
+    expected = probe_dot(gradient, weight, saved, backend="reference")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1.2e-7, atol=1e-10)
+
+
+def test_the_dot_product_with_a_difference_of_any_strides() -> None:
+    gradient, weight = random((30, 40), torch.float32, 1).t(), random((80, 30), torch.bfloat16, 2)[::2]
+    saved = random((40, 30), torch.bfloat16, 3)
+    found = probe_dot(gradient.to(DEVICE), weight.to(DEVICE), saved.to(DEVICE), backend="triton")
+    expected = probe_dot(gradient, weight, saved, backend="reference")
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-6)

@@ -250,9 +250,10 @@ TRAINING = [
         for way in ("forward", "backward")
     ),
     *(Update((16, 256), bits, dtype, kept) for bits, dtype in _UPDATES for kept in (None, 0.2)),
+    *(Update((16, 256), bits, torch.bfloat16, kept, probe=True) for bits in (32, 8) for kept in (None, 0.2)),
     Selection((30, 40), 0.05, torch.bfloat16),
     Selection((30, 40), 0.05, torch.float32, excluded=0.2),
-    *(Importance((30, 40), over, torch.float32) for over in ("entries", "rows", "all")),
+    *(Importance((30, 40), over, torch.float32) for over in ("entries", "rows", "all", "probe")),
 ]
 
 

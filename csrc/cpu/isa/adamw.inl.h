@@ -83,13 +83,13 @@ static bool read_factors(const AdamW& a, int64_t begin, int64_t count, float* fa
   return trained != 0;
 }
 
-// Counts the trained entries' updates, and looks up what their ages are corrected by.
+// Counts the trained entries' updates, which a probe does not keep, and looks up what their ages are corrected by.
 static void advance_ages(const AdamW& a, int64_t begin, int64_t count, AdamWBuffer* buffer) {
   const bool factors = a.row_scales != nullptr || a.mask != nullptr;
   for (int64_t j = 0; j < count; ++j) {
     const bool trained = !factors || buffer->factor[j] != 0.0f;
     const int32_t age = static_cast<int32_t>(static_cast<uint32_t>(a.age[begin + j]) + (trained ? 1u : 0u));
-    a.age[begin + j] = age;
+    if (!a.probe) a.age[begin + j] = age;
     const int32_t known = age < 0 ? 0 : age < a.last_age ? age : a.last_age;
     buffer->mean_rate[j] = a.corrections[2 * known] * a.lr;
     buffer->root_correction[j] = a.corrections[2 * known + 1];
@@ -187,5 +187,35 @@ static void adamw_elements(const AdamW& a, int64_t begin, int64_t end) {
     if (!in_place) write_floats(a.parameter, a.parameter_dtype, i, count, parameter);
     keep_moments(a.mean, i, count, mean, buffer.mean);
     keep_moments(a.square, i, count, square, buffer.square);
+  }
+}
+
+static void copy_moments(const Moment& moment, int64_t begin, int64_t count, float* buffer) {
+  if (moment.data == nullptr)
+    std::memset(buffer, 0, kMomentBlock * sizeof(float));
+  else if (moment.absmax != nullptr)
+    decode_moment(moment, begin, count, buffer);
+  else
+    std::memcpy(buffer, static_cast<const float*>(moment.data) + begin, static_cast<size_t>(count) * sizeof(float));
+}
+
+// As adamw_elements, of an update on trial.
+static void adamw_probe_elements(const AdamW& a, int64_t begin, int64_t end) {
+  const bool factors = a.row_scales != nullptr || a.mask != nullptr;
+  const int64_t bytes = a.parameter_dtype == DType::float32 ? 4 : 2;
+  AdamWBuffer buffer;
+  for (int64_t i = begin; i < end; i += kMomentBlock) {
+    const int64_t count = end - i < kMomentBlock ? end - i : kMomentBlock;
+    const bool trained = !factors || read_factors(a, i, count, buffer.factor);
+    read_floats(a.parameter, a.parameter_dtype, i, count, buffer.parameter);
+    read_floats(a.gradient, a.gradient_dtype, i, count, buffer.gradient);
+    std::memcpy(static_cast<char*>(a.gradient) + i * bytes, static_cast<const char*>(a.parameter) + i * bytes,
+                static_cast<size_t>(count * bytes));
+    if (!trained) continue;
+    if (a.age != nullptr) advance_ages(a, i, count, &buffer);
+    copy_moments(a.mean, i, count, buffer.mean);
+    copy_moments(a.square, i, count, buffer.square);
+    update_buffer(a, buffer.parameter, buffer.gradient, buffer.mean, buffer.square, buffer);
+    write_floats(a.parameter, a.parameter_dtype, i, count, buffer.parameter);
   }
 }

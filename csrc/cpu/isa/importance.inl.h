@@ -7,6 +7,7 @@ constexpr int64_t kSumLanes = 16;
 struct TermBuffer {
   alignas(64) float gradient[kKeyBuffer] = {};
   alignas(64) float other[kKeyBuffer] = {};
+  alignas(64) float saved[kKeyBuffer] = {};
   alignas(64) float total[kKeyBuffer] = {};
 };
 
@@ -14,7 +15,11 @@ struct TermBuffer {
 static void read_operands(const Importance& p, int64_t begin, int64_t count, TermBuffer* buffer, const float** gradient,
                           const float** other) {
   *gradient = floats_at(p.gradient, p.gradient_dtype, begin, count, buffer->gradient);
-  *other = p.term == Term::product ? floats_at(p.other, p.other_dtype, begin, count, buffer->other) : *gradient;
+  *other = p.other == nullptr ? *gradient : floats_at(p.other, p.other_dtype, begin, count, buffer->other);
+  if (p.term != Term::difference) return;
+  const float* saved = floats_at(p.saved, p.other_dtype, begin, count, buffer->saved);
+  for (int64_t j = 0; j < count; ++j) buffer->other[j] = (*other)[j] - saved[j];
+  *other = buffer->other;
 }
 
 // A whole buffer.

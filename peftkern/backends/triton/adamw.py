@@ -1,7 +1,8 @@
 """AdamW on a GPU: one launch reads a parameter, its gradient and its state, and writes back what is trained.
 
 Formulas, shapes and the order of rounding are in :mod:`peftkern.ops.adamw`; results are its reference's bit for bit.
-Quotients and roots are rounded to nearest, and no product is contracted with a sum.
+Quotients and roots are rounded to nearest, and no product is contracted with a sum. An update on trial (PROBE) is the
+same, but for what it writes: the parameter, and what that was where the gradient is.
 
 The nearest code of an 8-bit moment is found in two look-ups: the upper 16 bits of a magnitude name a cell in which at
 most one bound between codes lies, a table tells how many lie below the cell, and that one bound is compared with.
@@ -75,11 +76,12 @@ def load_factor(
 
 
 @triton.jit
-def count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE: tl.constexpr):
+def count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE: tl.constexpr, PROBE: tl.constexpr):
     """Both corrections of the elements, by their ages where they have such; these are counted up."""
     if HAS_AGE:
         counted = tl.load(age + elements, mask=trained, other=0) + 1
-        tl.store(age + elements, counted, mask=trained)
+        if not PROBE:
+            tl.store(age + elements, counted, mask=trained)
         row = corrections + tl.minimum(counted, last_age) * 2
         mean_correction = tl.load(row, mask=trained, other=1.0)
         root_correction = tl.load(row + 1, mask=trained, other=1.0)
@@ -121,6 +123,8 @@ def adamw_kernel(
     SCALE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PROBE: tl.constexpr,
+    HAS_MOMENTS: tl.constexpr,
 ):
     first_element = tl.program_id(0).to(tl.int64) * ELEMENTS
     elements = first_element + tl.arange(0, ELEMENTS)
@@ -129,17 +133,24 @@ def adamw_kernel(
     # what is frozen is not read either: where whole sectors are, they do not pass
     trained = present & (factor != 0)
 
-    before = tl.load(parameter + elements, mask=trained, other=0.0).to(tl.float32)
+    before = tl.load(parameter + elements, mask=present if PROBE else trained, other=0.0)
     incoming = tl.load(gradient + elements, mask=trained, other=0.0).to(tl.float32)
-    old_mean = tl.load(mean + elements, mask=trained, other=0.0)
-    old_square = tl.load(square + elements, mask=trained, other=0.0)
-    corrected = count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE)
+    if HAS_MOMENTS:
+        old_mean = tl.load(mean + elements, mask=trained, other=0.0)
+        old_square = tl.load(square + elements, mask=trained, other=0.0)
+    else:
+        old_mean = tl.zeros(present.shape, tl.float32)
+        old_square = tl.zeros(present.shape, tl.float32)
+    corrected = count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE, PROBE)
     new_mean, new_square = new_moments(incoming, old_mean, old_square, numbers)
-    after = updated(before, new_mean, new_square, corrected[0], corrected[1], factor, numbers)
+    after = updated(before.to(tl.float32), new_mean, new_square, corrected[0], corrected[1], factor, numbers)
 
     tl.store(parameter + elements, after.to(parameter.dtype.element_ty), mask=trained)
-    tl.store(mean + elements, new_mean, mask=trained)
-    tl.store(square + elements, new_square, mask=trained)
+    if PROBE:
+        tl.store(gradient + elements, before, mask=present)
+    else:
+        tl.store(mean + elements, new_mean, mask=trained)
+        tl.store(square + elements, new_square, mask=trained)
 
 
 # ---- 8-bit moments
@@ -217,6 +228,7 @@ def adamw_8bit_kernel(
     SCALE: tl.constexpr,
     WIDE_ROWS: tl.constexpr,
     ELEMENTS: tl.constexpr,
+    PROBE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """The entries of tuples are those of the first and of the second moment. A program has whole blocks."""
@@ -228,33 +240,45 @@ def adamw_8bit_kernel(
     by_block = tl.reshape(trained.to(tl.int32), (ELEMENTS // BLOCK_SIZE, BLOCK_SIZE))
     trained_blocks = tl.max(by_block, axis=1) != 0
 
-    before = tl.load(parameter + elements, mask=trained, other=0.0).to(tl.float32)
+    before = tl.load(parameter + elements, mask=present if PROBE else trained, other=0.0)
     incoming = tl.load(gradient + elements, mask=trained, other=0.0).to(tl.float32)
     old_mean = load_moment(states[0], absmaxes[0], values[0], first_element, present, element_count, BLOCK_SIZE)
     old_square = load_moment(states[1], absmaxes[1], values[1], first_element, present, element_count, BLOCK_SIZE)
-    corrected = count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE)
+    corrected = count_up(age, corrections, elements, trained, last_age, numbers, HAS_AGE, PROBE)
     new_mean, new_square = new_moments(incoming, old_mean, old_square, numbers)
-    after = updated(before, new_mean, new_square, corrected[0], corrected[1], factor, numbers)
+    after = updated(before.to(tl.float32), new_mean, new_square, corrected[0], corrected[1], factor, numbers)
     tl.store(parameter + elements, after.to(parameter.dtype.element_ty), mask=trained)
 
-    # frozen elements of a trained block are rounded anew with its scale
-    new_mean = tl.where(trained, new_mean, old_mean)
-    new_square = tl.where(trained, new_square, old_square)
-    store_moment(
-        states[0], absmaxes[0], cells[0], bounds[0], new_mean, first_element, present, trained_blocks, BLOCK_SIZE, True
-    )
-    store_moment(
-        states[1],
-        absmaxes[1],
-        cells[1],
-        bounds[1],
-        new_square,
-        first_element,
-        present,
-        trained_blocks,
-        BLOCK_SIZE,
-        False,
-    )
+    if PROBE:
+        tl.store(gradient + elements, before, mask=present)
+    else:
+        # frozen elements of a trained block are rounded anew with its scale
+        new_mean = tl.where(trained, new_mean, old_mean)
+        new_square = tl.where(trained, new_square, old_square)
+        store_moment(
+            states[0],
+            absmaxes[0],
+            cells[0],
+            bounds[0],
+            new_mean,
+            first_element,
+            present,
+            trained_blocks,
+            BLOCK_SIZE,
+            True,
+        )
+        store_moment(
+            states[1],
+            absmaxes[1],
+            cells[1],
+            bounds[1],
+            new_square,
+            first_element,
+            present,
+            trained_blocks,
+            BLOCK_SIZE,
+            False,
+        )
 
 
 # ---- launches
@@ -263,32 +287,38 @@ def adamw_8bit_kernel(
 def adamw(
     parameter: Tensor,
     gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
     coefficients: Coefficients,
     age: Tensor | None,
     scale: Scale,
+    probe: bool = False,
 ) -> None:
-    """See :func:`peftkern.ops.adamw.adamw_reference`. A parameter that is not contiguous is copied, and copied back."""
+    """See :func:`peftkern.ops.adamw.adamw_reference`, or with ``probe`` `adamw_probe_reference`.
+
+    What is written and not contiguous is copied, and copied back.
+    """
     if parameter.numel() == 0:
         return
-    values, gradient = parameter.contiguous(), gradient.contiguous()
-    common = _Common.of(values, coefficients, age, scale)
+    values, incoming = parameter.contiguous(), gradient.contiguous()
+    common = _Common.of(values, coefficients, age, scale, probe)
+    moments = (exp_avg, exp_avg_sq)
     launch(
         adamw_kernel,
         (cdiv(values.numel(), _ELEMENTS),),
         values,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
+        incoming,
+        *(values if moment is None else moment for moment in moments),
         *common.arguments,
-        traffic=lambda: common.traffic((values, exp_avg, exp_avg_sq), gradient),
+        traffic=lambda: common.traffic(values, incoming, moments),
         num_warps=_NUM_WARPS[32],
         num_stages=1,
+        HAS_MOMENTS=exp_avg is not None,
         **common.constants,
     )
-    if values is not parameter:
-        parameter.copy_(values)
+    _copy_back(parameter, values)
+    if probe:
+        _copy_back(gradient, incoming)
 
 
 def adamw_8bit(
@@ -301,30 +331,37 @@ def adamw_8bit(
     coefficients: Coefficients,
     age: Tensor | None,
     scale: Scale,
+    probe: bool = False,
 ) -> None:
-    """See :func:`peftkern.ops.adamw.adamw_8bit_reference`; as :func:`adamw`."""
+    """See :func:`peftkern.ops.adamw.adamw_8bit_reference` and `adamw_8bit_probe_reference`; as :func:`adamw`."""
     if parameter.numel() == 0:
         return
-    values, gradient = parameter.contiguous(), gradient.contiguous()
-    common = _Common.of(values, coefficients, age, scale)
+    values, incoming = parameter.contiguous(), gradient.contiguous()
+    common = _Common.of(values, coefficients, age, scale, probe)
     mean, square = (_moment_tables(signed, values.device) for signed in (True, False))
     launch(
         adamw_8bit_kernel,
         (cdiv(values.numel(), _ELEMENTS),),
         values,
-        gradient,
+        incoming,
         (state1, state2),
         (absmax1, absmax2),
         *zip(mean, square, strict=True),
         *common.arguments,
-        traffic=lambda: common.traffic((values, state1, state2, absmax1, absmax2), gradient),
+        traffic=lambda: common.traffic(values, incoming, (state1, state2, absmax1, absmax2)),
         num_warps=_NUM_WARPS[8],
         num_stages=1,
         BLOCK_SIZE=MOMENT_BLOCK_SIZE,
         **common.constants,
     )
-    if values is not parameter:
-        parameter.copy_(values)
+    _copy_back(parameter, values)
+    if probe:
+        _copy_back(gradient, incoming)
+
+
+def _copy_back(tensor: Tensor, values: Tensor) -> None:
+    if values is not tensor:
+        tensor.copy_(values)
 
 
 class _Common(NamedTuple):
@@ -337,7 +374,7 @@ class _Common(NamedTuple):
     elements: int
 
     @classmethod
-    def of(cls, parameter: Tensor, c: Coefficients, age: Tensor | None, scale: Scale) -> _Common:
+    def of(cls, parameter: Tensor, c: Coefficients, age: Tensor | None, scale: Scale, probe: bool) -> _Common:
         kind, number, scales = _scale_arguments(scale)
         rows = max(parameter.shape[0], 1) if parameter.dim() > 0 else 1
         columns = parameter.numel() // rows
@@ -356,11 +393,13 @@ class _Common(NamedTuple):
         )
         wide = columns >= _WIDE_COLUMNS
         constants = {"HAS_AGE": age is not None, "SCALE": kind, "WIDE_ROWS": wide, "ELEMENTS": _ELEMENTS}
+        constants["PROBE"] = probe
         return cls(arguments, constants, age, scales, parameter.numel())
 
-    def traffic(self, changed: tuple[Tensor, ...], gradient: Tensor) -> Traffic:
-        reads = (*changed, gradient, self.age, self.scale)
-        return Traffic(reads, (*changed, self.age), flops=_FLOPS * self.elements)
+    def traffic(self, parameter: Tensor, gradient: Tensor, moments: tuple[Tensor | None, ...]) -> Traffic:
+        reads = (parameter, gradient, *moments, self.age, self.scale)
+        writes = (parameter, gradient) if self.constants["PROBE"] else (parameter, *moments, self.age)
+        return Traffic(reads, writes, flops=_FLOPS * self.elements)
 
 
 def _scale_arguments(scale: Scale) -> tuple[int, float, Tensor | None]:

@@ -375,6 +375,40 @@ def adamw_8bit(
     adamw_8bit(parameter, gradient, state1, state2, absmax1, absmax2, coefficients, age, scale)
 
 
+@registry.register("adamw_probe", "triton", supports=_supports_first)
+def adamw_probe(
+    parameter: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_probe_reference`."""
+    from peftkern.backends.triton.adamw import adamw
+
+    adamw(parameter, gradient, exp_avg, exp_avg_sq, coefficients, age, scale, probe=True)
+
+
+@registry.register("adamw_8bit_probe", "triton", supports=_supports_first)
+def adamw_8bit_probe(
+    parameter: Tensor,
+    gradient: Tensor,
+    state1: Tensor,
+    state2: Tensor,
+    absmax1: Tensor,
+    absmax2: Tensor,
+    coefficients: Coefficients,
+    age: Tensor | None,
+    scale: Scale,
+) -> None:
+    """See :func:`peftkern.ops.adamw.adamw_8bit_probe_reference`."""
+    from peftkern.backends.triton.adamw import adamw_8bit
+
+    adamw_8bit(parameter, gradient, state1, state2, absmax1, absmax2, coefficients, age, scale, probe=True)
+
+
 # ---- select_top
 
 
@@ -415,3 +449,11 @@ def importance_dot(gradient: Tensor, delta: Tensor) -> Tensor:
     from peftkern.backends.triton.importance import importance_dot
 
     return importance_dot(gradient, delta)
+
+
+@registry.register("probe_dot", "triton", supports=_supports_first)
+def probe_dot(gradient: Tensor, weight: Tensor, saved: Tensor) -> Tensor:
+    """See :func:`peftkern.ops.importance.probe_dot_reference`."""
+    from peftkern.backends.triton.importance import probe_dot
+
+    return probe_dot(gradient, weight, saved)

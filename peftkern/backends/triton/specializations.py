@@ -331,7 +331,10 @@ class GateCase:
 
 @dataclass(frozen=True)
 class UpdateCase:
-    """An update by AdamW. ``scale``: ``"rows"``, ``"mask"`` or ``None``. ``aged``: entries have ages."""
+    """An update by AdamW. ``scale``: ``"rows"``, ``"mask"`` or ``None``. ``aged``: entries have ages.
+
+    ``probe``: on trial; of a parameter without ages it is tried with no moments as well.
+    """
 
     name: str
     bits: int
@@ -339,6 +342,7 @@ class UpdateCase:
     scale: str | None = None
     aged: bool = False
     shape: tuple[int, int] = (4096, 4096)
+    probe: bool = False
 
     def record(self) -> list[Launch]:
         """See :class:`Recorded`."""
@@ -353,9 +357,11 @@ class UpdateCase:
             if self.bits == 8:
                 codes = parameter.to(torch.uint8)
                 absmax = _empty(block_count(parameter.numel(), MOMENT_BLOCK_SIZE), dtype=torch.float32)
-                adamw_8bit(parameter, parameter, codes, codes, absmax, absmax, *settings)
+                adamw_8bit(parameter, parameter, codes, codes, absmax, absmax, *settings, probe=self.probe)
             else:
-                adamw(parameter, parameter, parameter.float(), parameter.float(), *settings)
+                adamw(parameter, parameter, parameter.float(), parameter.float(), *settings, probe=self.probe)
+                if self.probe and age is None:
+                    adamw(parameter, parameter, None, None, *settings, probe=True)
         return launches
 
 
@@ -396,7 +402,7 @@ class ImportanceCase:
 
     def record(self) -> list[Launch]:
         """See :class:`Recorded`."""
-        from peftkern.backends.triton.importance import accumulate_importance, importance_dot
+        from peftkern.backends.triton.importance import accumulate_importance, importance_dot, probe_dot
 
         gradient = _empty(*self.shape, dtype=self.dtype)
         other = gradient if KINDS[self.kind] else None
@@ -405,12 +411,15 @@ class ImportanceCase:
                 accumulate_importance(_empty(*shape, dtype=torch.float32), gradient, self.kind, other)
             if other is not None:
                 importance_dot(gradient, other)
+                probe_dot(gradient, other, gradient)
         return launches
 
 
 ENTRIES: tuple[Recorded, ...] = (
     UpdateCase("AdamW", 32),
     UpdateCase("8-bit AdamW", 8),
+    UpdateCase("AdamW on trial", 32, probe=True),
+    UpdateCase("8-bit AdamW on trial", 8, probe=True),
     SelectCase("select by magnitude", "magnitude"),
     ImportanceCase("importance, sum", "sum"),
     MaskedCase("masked dense"),
@@ -425,6 +434,8 @@ ENTRY_VARIANTS: tuple[Recorded, ...] = (
     UpdateCase("8-bit AdamW float32, rows, ages", 8, torch.float32, "rows", True),
     UpdateCase("8-bit AdamW, mask, odd size", 8, scale="mask", shape=(1001, 1003)),
     UpdateCase("8-bit AdamW beyond 2^31 elements", 8, scale="mask", shape=(1 << 17, 1 << 15)),
+    UpdateCase("AdamW on trial, mask, ages, odd size", 32, scale="mask", aged=True, shape=(1001, 1003), probe=True),
+    UpdateCase("8-bit AdamW on trial, rows", 8, torch.float32, "rows", probe=True),
     SelectCase("select by outer product", "outer", elements=1 << 14),
     SelectCase("select by difference, excluding", "difference", torch.float32, excluded=1000),
     SelectCase("select by product, odd size", "product", elements=1001),
