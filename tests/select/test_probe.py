@@ -575,6 +575,20 @@ def test_sparse_deltas() -> None:
     assert_same(everything(model, optimizer), before)
 
 
+def test_parked_parameters_are_probed_with_the_state_that_they_come_back_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AdamW, "SMALLEST", 300)
+    model = llama()
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    trained(model, optimizer, 3)
+    batch, names = batches(1)[0], names_of(model)
+    optimizer.park(list(model.parameters())[::2])
+    before = everything(model, optimizer)
+    found = probe(model, batch, names, optimizer, sample=1.0)
+    assert_same(everything(model, optimizer), before)
+    assert any("state1" in state for state in optimizer.state.values())
+    close(found, naive(model, optimizer, batch, names), 2e-6)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = llama()
