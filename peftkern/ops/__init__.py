@@ -4,6 +4,7 @@ from peftkern.ops.adamw import adamw_, adamw_8bit_, adamw_8bit_probe_, adamw_pro
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.importance import accumulate_importance_, importance_dot, probe_dot
+from peftkern.ops.linear_cross_entropy import label_logprobs, linear_cross_entropy
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.masked_linear import masked_linear
@@ -22,6 +23,8 @@ __all__ = [
     "dequantize",
     "gated_lora_linear",
     "importance_dot",
+    "label_logprobs",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
     "masked_linear",

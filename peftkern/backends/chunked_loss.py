@@ -1,0 +1,176 @@
+"""The loss of a language model's head in chunks of tokens, by PyTorch's own products: on the CPU and on GPUs.
+
+Scores, probabilities and errors of a chunk follow each other in one buffer of [chunk, vocabulary].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import registry
+from peftkern.backends.triton.launch import is_ours
+from peftkern.ops.linear_cross_entropy import Needs, Result, Terms
+from peftkern.ops.lora_linear import compute_dtype
+
+_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""Of the scores of one chunk: more tokens make better use of the weight, which every chunk reads again."""
+
+_FEWEST_ROWS = 64
+_MOST_ROWS = 1024
+_BLOCK = 8192
+"""Rows of a weight in half precision that are multiplied at once."""
+
+
+def _supports_cpu(hidden: Tensor, *_rest: object) -> str | None:
+    return None if hidden.device.type == "cpu" else registry.ELSEWHERE
+
+
+def _supports_cuda(hidden: Tensor, *_rest: object) -> str | None:
+    return None if hidden.device.type == "cuda" else registry.ELSEWHERE
+
+
+def _supports_triton(hidden: Tensor, *_rest: object) -> str | None:
+    return None if is_ours(hidden) else registry.ELSEWHERE
+
+
+@registry.register("linear_cross_entropy", "triton", supports=_supports_triton)
+@registry.register("linear_cross_entropy", "cuda", supports=_supports_cuda)
+@registry.register("linear_cross_entropy", "cpu", supports=_supports_cpu)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    terms: Terms,
+    needs: Needs,
+) -> Result:
+    """See :func:`peftkern.ops.linear_cross_entropy.linear_cross_entropy_reference`."""
+    dtype, (vocabulary, features) = compute_dtype(hidden), weight.shape
+    losses = hidden.new_zeros(len(labels), dtype=dtype)
+    grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    grad_weight = hidden.new_zeros(vocabulary, features, dtype=dtype) if needs.weight else None
+    grad_bias = hidden.new_zeros(vocabulary, dtype=dtype) if needs.bias else None
+    head = _Head(weight, bias, terms)
+    buffer: Tensor | None = None
+    for tokens in _chunks(labels, vocabulary, terms.ignore_index):
+        if buffer is None:
+            buffer = hidden.new_empty(len(tokens), vocabulary, dtype=dtype)
+        rows = hidden[tokens]
+        factor = None if token_weights is None else token_weights[tokens].to(dtype)
+        chunk_losses, error = head.losses(rows, labels[tokens], buffer[: len(tokens)], any(needs))
+        losses[tokens] = chunk_losses if factor is None else chunk_losses * factor
+        if grad_hidden is not None:
+            grad = head.back_to_hidden(error)
+            grad_hidden[tokens] = (grad if factor is None else grad * factor[:, None]).to(hidden.dtype)
+        if grad_weight is not None:
+            head.add_weight_gradient(grad_weight, error, rows if factor is None else rows * factor[:, None])
+        if grad_bias is not None:
+            grad_bias += error.sum(0) if factor is None else factor @ error
+    del buffer
+    return Result(losses, grad_hidden, _as(grad_weight, weight.dtype), _as(grad_bias, weight.dtype))
+
+
+def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else gradient.to(dtype)
+
+
+def _chunks(labels: Tensor, vocabulary: int, ignore_index: int) -> Iterator[Tensor]:
+    """The indices of the tokens with a label, in chunks of nearly equal length, the first the longest."""
+    labelled = (labels != ignore_index).nonzero().squeeze(1)
+    if len(labelled) == 0:
+        return
+    rows = _BUFFER_BYTES[labels.device.type] // (4 * vocabulary)
+    rows = min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
+    yield from labelled.tensor_split(-(-len(labelled) // rows))
+
+
+class _Block(NamedTuple):
+    """Consecutive rows of the weight, as they are multiplied."""
+
+    first: int
+    end: int
+    weight: Tensor
+
+
+class _Head:
+    """The weight, its bias and what is done to the scores."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
+        self._weight, self._bias, self._terms = weight, bias, terms
+        self._dtype = compute_dtype(weight)
+        # PyTorch multiplies float16 on the CPU element by element
+        is_slow = weight.dtype == torch.float16 and weight.device.type == "cpu"
+        self._operand_dtype = self._dtype if is_slow else weight.dtype
+
+    def _blocks(self) -> Iterator[_Block]:
+        vocabulary = len(self._weight)
+        step = vocabulary if self._weight.dtype == self._dtype else _BLOCK
+        for first in range(0, vocabulary, step):
+            end = min(first + step, vocabulary)
+            yield _Block(first, end, self._weight[first:end].to(self._operand_dtype))
+
+    def losses(self, rows: Tensor, labels: Tensor, buffer: Tensor, need_error: bool) -> tuple[Tensor, Tensor]:
+        """ℓ of a chunk, and e where it is needed, which is in ``buffer``. rows is [chunk, hidden]."""
+        terms, target = self._terms, labels[:, None]
+        slope = self._scores(rows, buffer)
+        spread = terms.label_smoothing / buffer.shape[1]
+        aimed = buffer.gather(1, target) * (1.0 - terms.label_smoothing)
+        if spread:
+            aimed += spread * buffer.sum(1, keepdim=True)
+        largest = buffer.amax(1, keepdim=True)
+        denominator = buffer.sub_(largest).exp_().sum(1, keepdim=True)
+        logsumexp = denominator.log() + largest
+        losses = logsumexp - aimed + terms.z_loss * logsumexp * logsumexp
+        if need_error:
+            buffer.mul_((1.0 + 2.0 * terms.z_loss * logsumexp) / denominator)
+            if spread:
+                buffer.sub_(spread)
+            buffer.scatter_add_(1, target, torch.full_like(aimed, terms.label_smoothing - 1.0))
+            if slope is not None:
+                buffer.mul_(slope)
+        return losses.squeeze(1), buffer
+
+    def _scores(self, rows: Tensor, buffer: Tensor) -> Tensor | None:
+        """Fill ``buffer`` with z, and give the derivative of the soft-capping."""
+        rows = rows.to(self._operand_dtype)
+        for block in self._blocks():
+            part = buffer[:, block.first : block.end]
+            if rows.dtype == buffer.dtype:
+                torch.mm(rows, block.weight.t(), out=part)
+            else:
+                part.copy_(rows @ block.weight.t())
+        if self._bias is not None:
+            buffer += self._bias
+        if self._terms.softcap is None:
+            return None
+        buffer.div_(self._terms.softcap).tanh_()
+        slope = buffer.square().neg_().add_(1.0)
+        buffer.mul_(self._terms.softcap)
+        return slope
+
+    def back_to_hidden(self, error: Tensor) -> Tensor:
+        """e Wₕ, [chunk, hidden]."""
+        total = error.new_zeros(len(error), self._weight.shape[1])
+        for block in self._blocks():
+            part = error[:, block.first : block.end].to(self._operand_dtype)
+            if part.dtype == total.dtype:
+                total.addmm_(part, block.weight)
+            else:
+                total += part @ block.weight
+        return total
+
+    def add_weight_gradient(self, total: Tensor, error: Tensor, rows: Tensor) -> None:
+        """Add eᵀ h to ``total``, [vocabulary, hidden]."""
+        rows = rows.to(self._operand_dtype)
+        step = len(total) if rows.dtype == total.dtype else _BLOCK
+        for first in range(0, len(total), step):
+            part = error[:, first : first + step].t().to(rows.dtype)
+            if rows.dtype == total.dtype:
+                total[first : first + step].addmm_(part, rows)
+            else:
+                total[first : first + step] += part @ rows

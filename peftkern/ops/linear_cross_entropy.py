@@ -1,0 +1,475 @@
+"""The head of a language model and its loss in one: no tensor of [tokens, vocabulary] exists at any time.
+
+    zₜ = c tanh((Wₕ hₜ + b) / c)            scores of one token; without soft-capping Wₕ hₜ + b
+    lₜ = log Σᵥ exp(zₜᵥ)
+    ℓₜ = lₜ - (1-ε) zₜ[yₜ] - ε/V Σᵥ zₜᵥ + ζ lₜ²       cross-entropy, label smoothing ε, z-loss ζ
+    sum = Σₜ wₜ ℓₜ,   mean = Σₜ wₜ ℓₜ / Σₜ wₜ          over the tokens that have a label
+
+    eₜᵥ = (softmax(zₜ)ᵥ (1 + 2 ζ lₜ) - (1-ε) [v = yₜ] - ε/V) (1 - (zₜᵥ / c)²)
+    dhₜ = wₜ eₜ Wₕ        dWₕ = Σₜ wₜ eₜᵀ hₜ        db = Σₜ wₜ eₜ
+
+Shapes: h [tokens, hidden], Wₕ [vocabulary, hidden], b [vocabulary], y and w [tokens]. Tokens without a label are
+dropped before the first product. The others pass in chunks through one buffer. Where gradients are wanted, the forward
+pass makes those of a chunk from its scores right away: three products, or two with a frozen head, and the backward pass
+only scales. What is kept for it is dh and, of a trained head, dWₕ and db. A loss per token (``reduction="none"``) over
+a trained head is the exception: its dWₕ depends on what comes from above, so h is kept and the scores are made twice.
+
+Sums are in float32 (float64 for a float64 h). Backends multiply bfloat16 and float16 as PyTorch does, so that
+scores and errors may be rounded to that dtype, each once.
+
+Source: Cut Your Losses in Large-Vocabulary Language Models, Wijmans et al. 2024 (arXiv:2411.09009) for the idea that
+scores need not be kept; label smoothing as in Szegedy et al. 2016 (arXiv:1512.00567), section 7; z-loss as in PaLM,
+Chowdhery et al. 2022 (arXiv:2204.02311), section 5; soft-capping as in Gemma 2 (arXiv:2408.00118), section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from peftkern.backends import registry
+from peftkern.formats import QuantizedTensor
+from peftkern.ops.dequantize import dequantize
+from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, as_matrix, compute_dtype, in_autocast_dtype, is_plain_eager
+
+Reduction = Literal["mean", "sum", "none"]
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+class Terms(NamedTuple):
+    """What is added to the cross-entropy, and done to the scores before.
+
+    Attributes:
+        ignore_index: label of the tokens that have none.
+        label_smoothing: ε.
+        z_loss: ζ.
+        softcap: c; ``None`` for none.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Result(NamedTuple):
+    """What a backend gives.
+
+    Attributes:
+        losses: wₜ ℓₜ, [tokens], float32 (float64 for a float64 h); zero for tokens without a label.
+        grad_hidden: of their sum, [tokens, hidden], in the dtype of h; ``None`` where it is not wanted, as the others.
+        grad_weight: [vocabulary, hidden], in the dtype of the weight.
+        grad_bias: [vocabulary], in the dtype of the weight.
+    """
+
+    losses: Tensor
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    token_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The cross-entropy of ``hidden @ weight.T + bias`` against ``labels``, without the scores ever being there.
+
+    Labels are not shifted: ``labels[i]`` is what ``hidden[i]`` has to predict. Differentiable, once, in ``hidden``, a
+    dense ``weight`` and ``bias``; only what asks for a gradient gets one, and costs a product.
+
+    Args:
+        hidden: [..., hidden], float64, float32, bfloat16 or float16.
+        weight: [vocabulary, hidden], of the dtype of ``hidden`` (cast under autocast), or a ``QuantizedTensor``, which
+            is decoded once a call.
+        labels: int64, of the leading shape of ``hidden``, each ``ignore_index`` or in [0, vocabulary).
+        bias: [vocabulary], floating point.
+        ignore_index: label of the tokens that count nowhere and cost nothing.
+        reduction: ``"mean"`` over the tokens with a label, by weight where there are weights; ``"sum"``; or ``"none"``.
+        token_weights: of the shape of ``labels``, floating point. They get no gradient.
+        label_smoothing: ε in [0, 1]: this part of the target is spread over the whole vocabulary.
+        z_loss: ζ >= 0: adds ζ times the squared logarithm of the softmax's denominator.
+        softcap: c > 0: scores are squeezed into (-c, c) first.
+        backend: name of the backend that must run it; ``None`` lets the table decide.
+
+    Returns:
+        float32 (float64 for a float64 ``hidden``), without dimensions, or for ``"none"`` of the shape of ``labels``,
+        zero where there is no label. As in PyTorch the mean over no labels at all is NaN and their sum 0; gradients
+        are 0 in both cases.
+
+    Raises:
+        ValueError: a shape, device, label or option does not fit, or ``token_weights`` asks for a gradient.
+        TypeError: an argument has another type or dtype.
+        BackendError: a forced backend cannot run the call.
+    """
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"linear_cross_entropy: reduction must be one of {list(_REDUCTIONS)}, got {reduction!r}")
+    terms = Terms(ignore_index, label_smoothing, z_loss, softcap)
+    _check_terms(terms)
+    _check_tensors(hidden, weight, labels, bias, token_weights, ignore_index)
+    hidden = in_autocast_dtype(hidden)
+    dense = _dense(weight, hidden.dtype)
+    if bias is not None:
+        bias = bias.to(hidden.dtype)
+    weights = None if token_weights is None else token_weights.detach().to(compute_dtype(hidden)).reshape(-1)
+    flat = labels.reshape(-1)
+    loss = _losses(as_matrix(hidden), dense, bias, flat, weights, terms, reduction != "none", backend)
+    if reduction == "none":
+        return loss.view(labels.shape)
+    return loss if reduction == "sum" else loss / _denominator(flat, weights, ignore_index, loss)
+
+
+def label_logprobs(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The logarithm of the probability that each token's label has: what preference losses and data selection need.
+
+    Differentiable and checked as `linear_cross_entropy`, of which it is the negative, token by token.
+
+    Returns:
+        float32 (float64 for a float64 ``hidden``), of the shape of ``labels``; 0 where there is no label.
+    """
+    losses = linear_cross_entropy(
+        hidden, weight, labels, bias, ignore_index=ignore_index, reduction="none", softcap=softcap, backend=backend
+    )
+    return -losses
+
+
+def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
+
+
+def _denominator(labels: Tensor, weights: Tensor | None, ignore_index: int, loss: Tensor) -> Tensor:
+    labelled = (labels != ignore_index).to(loss.dtype)
+    return (labelled if weights is None else labelled * weights).sum()
+
+
+# ---- checks
+
+
+def _check_terms(terms: Terms) -> None:
+    if not 0.0 <= terms.label_smoothing <= 1.0:
+        raise ValueError(f"linear_cross_entropy: label_smoothing must be in [0, 1], got {terms.label_smoothing}")
+    if not terms.z_loss >= 0.0:
+        raise ValueError(f"linear_cross_entropy: z_loss must be at least 0, got {terms.z_loss}")
+    if terms.softcap is not None and not terms.softcap > 0.0:
+        raise ValueError(f"linear_cross_entropy: softcap must be above 0 or None, got {terms.softcap}")
+
+
+def _check_tensors(
+    hidden: Tensor, weight: Weight, labels: Tensor, bias: Tensor | None, token_weights: Tensor | None, ignore: int
+) -> None:
+    if not isinstance(weight, Tensor | QuantizedTensor):
+        raise TypeError(
+            f"linear_cross_entropy: weight must be a tensor or a QuantizedTensor, got {type(weight).__name__}"
+        )
+    _check_tensor("hidden", hidden, FLOAT_DTYPES)
+    _check_tensor("labels", labels, (torch.int64,))
+    if isinstance(weight, Tensor):
+        _check_tensor("weight", weight, FLOAT_DTYPES)
+        _check_same_dtype(hidden, weight)
+    if hidden.dim() == 0 or len(weight.shape) != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden must be [..., hidden] and weight [vocabulary, hidden]; got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_cross_entropy: labels must be {list(hidden.shape[:-1])} as hidden is, got {list(labels.shape)}"
+        )
+    if bias is not None:
+        _check_tensor("bias", bias, FLOAT_DTYPES)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"linear_cross_entropy: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if token_weights is not None:
+        _check_token_weights(token_weights, labels)
+    named = {"weight": weight, "labels": labels, "bias": bias, "token_weights": token_weights}
+    for name, value in named.items():
+        if value is not None and value.device != hidden.device:
+            raise ValueError(
+                f"linear_cross_entropy: {name} is on {value.device} and hidden on {hidden.device}; move one of them"
+            )
+    _check_labels(labels, weight.shape[0], ignore)
+
+
+def _check_tensor(name: str, value: Any, dtypes: Sequence[torch.dtype]) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"linear_cross_entropy: {name} must be of {names}; got {value.dtype}")
+
+
+def _check_same_dtype(hidden: Tensor, weight: Tensor) -> None:
+    if weight.dtype == hidden.dtype or (not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type)):
+        return
+    raise TypeError(
+        f"linear_cross_entropy: weight must have the dtype of hidden, {hidden.dtype}; got {weight.dtype}. Cast one of "
+        "them, or use autocast"
+    )
+
+
+def _check_token_weights(token_weights: Tensor, labels: Tensor) -> None:
+    _check_tensor("token_weights", token_weights, FLOAT_DTYPES)
+    if token_weights.shape != labels.shape:
+        raise ValueError(
+            f"linear_cross_entropy: token_weights must be {list(labels.shape)} as labels are, got "
+            f"{list(token_weights.shape)}"
+        )
+    if token_weights.requires_grad:
+        raise ValueError(
+            "linear_cross_entropy: token_weights get no gradient here; take reduction='none' and multiply its result"
+        )
+
+
+def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
+    # elsewhere reading them would make the host wait, and under a tracing mode there is nothing to read
+    if labels.device.type != "cpu" or labels.numel() == 0 or not is_plain_eager((labels,)):
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        raise ValueError(
+            f"linear_cross_entropy: labels must be {ignore_index} (ignore_index) or in [0, {vocabulary}), got "
+            f"{int(labels[wrong][0])}"
+        )
+
+
+# ---- reference
+
+
+@registry.register("linear_cross_entropy", "reference")
+def linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    terms: Terms,
+    needs: Needs,
+) -> Result:
+    """Losses and gradients in plain PyTorch with all scores at once, in float32 (float64 for float64).
+
+    hidden is [tokens, hidden], weight dense, labels and token_weights [tokens].
+    """
+    dtype = compute_dtype(hidden)
+    labelled = labels != terms.ignore_index
+    target = labels.where(labelled, 0)[:, None]
+    factor = labelled.to(dtype) if token_weights is None else torch.where(labelled, token_weights, 0.0)
+    scores = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    slope = None
+    if terms.softcap is not None:
+        squeezed = torch.tanh(scores / terms.softcap)
+        scores, slope = terms.softcap * squeezed, 1.0 - squeezed * squeezed
+    spread = terms.label_smoothing / scores.shape[1]
+    logsumexp = scores.logsumexp(dim=1, keepdim=True)
+    losses = logsumexp - (1.0 - terms.label_smoothing) * scores.gather(1, target) - spread * scores.sum(1, keepdim=True)
+    losses = (losses + terms.z_loss * logsumexp * logsumexp).squeeze(1)
+    error = (scores - logsumexp).exp() * (1.0 + 2.0 * terms.z_loss * logsumexp) - spread
+    error.scatter_add_(1, target, torch.full_like(error[:, :1], terms.label_smoothing - 1.0))
+    error = (error if slope is None else error * slope) * factor[:, None]
+    error = error.masked_fill(~labelled[:, None], 0.0)
+    return Result(
+        torch.where(labelled, losses * factor, 0.0),
+        (error @ weight.to(dtype)).to(hidden.dtype) if needs.hidden else None,
+        # what an ignored token holds must not matter, also where it is not a number
+        (error.t() @ hidden.to(dtype).masked_fill(~labelled[:, None], 0.0)).to(weight.dtype) if needs.weight else None,
+        error.sum(0).to(weight.dtype) if needs.bias else None,
+    )
+
+
+# ---- what both ways to call it share
+
+
+def _needs_now(needs: Needs, reduced: bool) -> Needs:
+    """The gradients that the forward pass makes: all of them, unless one depends on the gradients of the losses."""
+    return Needs(False, False, False) if not reduced and (needs.weight or needs.bias) else needs
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """``gradient`` times ``factor``, in its own memory where no second backward pass will ask for it."""
+    # a graph that is kept may be run again
+    keep = torch._C._autograd._get_current_graph_task_keep_graph()
+    return (gradient * factor).to(gradient.dtype) if keep else gradient.mul_(factor)
+
+
+def _scale_of(grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    # the mean over no tokens hands on 1/0, and the gradients of nothing are zero
+    return torch.where((labels != ignore_index).any(), grad, 0.0)
+
+
+def _backward(ctx: Any, grad: Tensor, run: Callable[..., Result]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs, terms = Needs(*ctx.needs_input_grad[:3]), ctx.terms
+    if ctx.deferred:
+        hidden, weight, bias, labels, token_weights = ctx.saved_tensors
+        weights = grad if token_weights is None else grad * token_weights
+        return run(hidden, weight, bias, labels, weights, terms, needs)[1:]
+    labels, *gradients = ctx.saved_tensors
+    scale = _scale_of(grad, labels, terms.ignore_index)
+    if not ctx.reduced:
+        scale = scale[:, None]
+    scaled = [None if gradient is None else _scaled(gradient, scale) for gradient in gradients]
+    return scaled[0], scaled[1], scaled[2]
+
+
+def _save(ctx: Any, operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None], reduced: bool) -> None:
+    needs = Needs(*ctx.needs_input_grad[:3])
+    ctx.reduced, ctx.deferred = reduced, _needs_now(needs, reduced) != needs
+    ctx.save_for_backward(*(operands if ctx.deferred else (operands[3], *gradients)))
+
+
+# ---- eager calls
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The operator's twin for plain eager calls."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        token_weights: Tensor | None,
+        terms: Terms,
+        reduced: bool,
+        backend: str | None,
+    ) -> Tensor:
+        operands = (hidden, weight, bias, labels, token_weights)
+        needs = _needs_now(Needs(*ctx.needs_input_grad[:3]), reduced)
+        losses, *gradients = registry.run("linear_cross_entropy", *operands, terms, needs, backend=backend)
+        ctx.terms, ctx.backend = terms, backend
+        _save(ctx, operands, gradients, reduced)
+        return losses.sum() if reduced else losses  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        def run(*arguments: Any) -> Result:
+            return registry.run("linear_cross_entropy", *arguments, backend=ctx.backend)  # type: ignore[no-any-return]
+
+        return *_backward(ctx, grad, run), None, None, None, None, None
+
+
+_apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
+
+
+def _losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    terms: Terms,
+    reduced: bool,
+    backend: str | None,
+) -> Tensor:
+    """Σₜ wₜ ℓₜ where ``reduced``, otherwise every wₜ ℓₜ."""
+    if is_plain_eager((hidden, weight, labels, *(() if token_weights is None else (token_weights,))), bias):
+        return _apply(hidden, weight, bias, labels, token_weights, terms, reduced, backend)
+    asked = [value is not None and torch.is_grad_enabled() and value.requires_grad for value in (hidden, weight, bias)]
+    needs = _needs_now(Needs(*asked), reduced)
+    loss: Tensor
+    loss, *_ = torch.ops.peftkern.linear_cross_entropy(
+        hidden, weight, bias, labels, token_weights, *terms, *needs, reduced, backend
+    )
+    return loss
+
+
+# ---- operators
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_weights, int ignore_index, "
+    "float label_smoothing, float z_loss, float? softcap, bool need_hidden, bool need_weight, bool need_bias, "
+    "bool reduced, str? backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("peftkern::linear_cross_entropy", mutates_args=(), schema=_SCHEMA)
+def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operands, terms, needs, reduced, backend = _unflatten(arguments)
+    losses, *gradients = registry.run("linear_cross_entropy", *operands, terms, needs, backend=backend)
+    hidden = operands[0]
+    # an operator has no optional results
+    made = [hidden.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return losses.sum() if reduced else losses, made[0], made[1], made[2]
+
+
+def _unflatten(arguments: Sequence[Any]) -> tuple[Sequence[Any], Terms, Needs, bool, str | None]:
+    return arguments[:5], Terms(*arguments[5:9]), Needs(*arguments[9:12]), arguments[12], arguments[13]
+
+
+@_operator.register_fake
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (hidden, weight, _bias, labels, _weights), _, needs, reduced, _ = _unflatten(arguments)
+    return (
+        hidden.new_empty([] if reduced else labels.shape, dtype=compute_dtype(hidden)),
+        hidden.new_empty(hidden.shape if needs.hidden else 0),
+        weight.new_empty(weight.shape if needs.weight else 0),
+        weight.new_empty(weight.shape[:1] if needs.bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands, ctx.terms, needs, reduced, ctx.backend = _unflatten(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    gradients = [value if need else None for value, need in zip(output[1:], needs, strict=True)]
+    _save(ctx, operands, gradients, reduced)
+
+
+def _operator_backward(ctx: Any, grad: Tensor | None, *_grads: Any) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 11
+    if grad is None:
+        return None, None, None, *rest
+
+    def run(*arguments: Any) -> Result:
+        *operands, terms, needs = arguments
+        made = torch.ops.peftkern.linear_cross_entropy(*operands, *terms, *needs, False, ctx.backend)
+        wanted = [value if need else None for value, need in zip(made[1:], needs, strict=True)]
+        return Result(made[0], *wanted)
+
+    return *_backward(ctx, grad, run), *rest
+
+
+_operator.register_autograd(_operator_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.peftkern.linear_cross_entropy, get_raw=True)
+def _flops(*arguments: Any, out_val: Any = None, **_kwargs: Any) -> int:
+    """Of the products with the tokens that have a label; with all of them where their labels are not known."""
+    (_hidden, weight, _bias, labels, _weights), terms, needs, *_ = _unflatten(arguments)
+    tokens: int = labels.numel()
+    if type(labels) is Tensor and not labels.is_meta:
+        tokens = int((labels != terms.ignore_index).sum())
+    return 2 * tokens * int(weight.numel()) * (1 + needs.hidden + needs.weight)
