@@ -54,5 +54,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         tokens = state.num_input_tokens_seen - self.tokens_before
         rate = tokens / (time.perf_counter() - self._start)
         note = f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s, {memory.resident_mb():.0f} MB"
+        if "select/trained_tensors" in logs:
+            note += f", {logs['select/trained_tensors']:.0f} tensors selected"
         gpu = memory.peak_gpu_mb()
         self.reporter.advance(note=note if gpu is None else f"{note}, GPU {gpu:.0f} MB")

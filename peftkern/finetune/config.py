@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from peftkern.finetune.errors import InputError
 from peftkern.finetune.methods import METHODS
+from peftkern.finetune.selections import SELECTIONS
 from peftkern.formats import BLOCK_SIZES
 
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
@@ -32,7 +33,8 @@ def _required(help: str, group: str) -> Any:
     return _setting(dataclasses.MISSING, help, group)
 
 
-DATA, METHOD, ADAPTER, MODEL, TRAINING, OUTPUT = "Data", "Method", "Adapter", "Model", "Training", "Output"
+DATA, METHOD, SELECTION, ADAPTER = "Data", "Method", "Selection", "Adapter"
+MODEL, TRAINING, OUTPUT = "Model", "Training", "Output"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,22 @@ class FinetuneConfig:
     method: str = _setting("lora", "How the model is trained.", METHOD, tuple(METHODS))
     method_options: str | None = _setting(None, "Of the method, as name=value with commas between.", METHOD)
 
+    select: str | None = _setting(
+        None, "Train some of the tensors of --method lora or full at a time.", SELECTION, tuple(SELECTIONS)
+    )
+    rho: float | None = _setting(
+        None, "Of green: cost of a step, as a share of the full one. [default: 0.5]", SELECTION
+    )
+    select_interval: int | None = _setting(
+        None, "Of green, random and lisa: optimizer steps between selections.", SELECTION
+    )
+    select_budget: str | None = _setting(
+        None, "Of green: what --rho is a share of. [default: flops]", SELECTION, ("flops", "seconds")
+    )
+    select_watts: float | None = _setting(
+        None, "Power of the machine in training, to estimate the energy that was saved.", SELECTION
+    )
+
     rank: int = _setting(16, "Rank of LoRA.", ADAPTER)
     alpha: float = _setting(32.0, "LoRA's alpha; the adapter is scaled by alpha / rank.", ADAPTER)
     dropout: float = _setting(0.0, "Dropout in front of the adapter.", ADAPTER)
@@ -93,7 +111,7 @@ class FinetuneConfig:
             _require(bool(text), name, "must not be empty", text)
         for name, allowed in _choices().items():
             value = getattr(self, name)
-            _require(value in allowed, name, f"must be one of {', '.join(allowed)}", value)
+            _require(value is None or value in allowed, name, f"must be one of {', '.join(allowed)}", value)
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             within = value is None or (math.isfinite(value) and low <= value <= high)
@@ -113,8 +131,20 @@ class FinetuneConfig:
                 f"--method {self.method} trains the weights themselves, and --quantization {self.quantization} freezes "
                 "them; add --quantization none"
             )
+        self._check_selection()
         if not self.target_module_names:
             raise InputError(f"--target-modules must be {ALL_LINEAR} or names with commas between, got an empty list")
+
+    def _check_selection(self) -> None:
+        given = [name for name in _OF_SELECT if getattr(self, name) is not None]
+        if self.select is None and given:
+            raise InputError(f"{option_name(given[0])} needs --select; add --select {', '.join(SELECTIONS)}")
+        if self.select is not None and METHODS[self.method].implementation is not None:
+            plain = [entry.name for entry in METHODS.values() if entry.implementation is None]
+            raise InputError(
+                f"--select {self.select} chooses among what --method {' or '.join(plain)} trains; "
+                f"--method {self.method} chooses itself"
+            )
 
     @property
     def target_module_names(self) -> str | list[str]:
@@ -139,6 +169,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "eval_fraction": (0, _BELOW_ONE),
     "max_eval_examples": (1, _MAX),
     "max_length": (2, _MAX),
+    "rho": (_TINY, 1),
+    "select_interval": (1, _MAX),
+    "select_watts": (_TINY, _MAX),
     "rank": (1, 256),
     "alpha": (_TINY, _MAX),
     "dropout": (0, _BELOW_ONE),
@@ -150,6 +183,9 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "warmup": (0, _MAX),
     "seed": (0, 2**32 - 1),
 }
+
+
+_OF_SELECT = ("rho", "select_interval", "select_budget", "select_watts")
 
 
 def _choices() -> dict[str, Sequence[str]]:

@@ -111,7 +111,8 @@ def _prepare(method: Method, model: Any, config: FinetuneConfig) -> None:
     try:
         method.prepare(model)
     except (ValueError, TypeError) as error:
-        raise InputError(f"--method {config.method}: {_first_line(error)}") from error
+        option = f"--method {config.method}" if config.select is None else f"--select {config.select}"
+        raise InputError(f"{option}: {_first_line(error)}") from error
 
 
 def _load_quantized(config: FinetuneConfig, source: ModelSource, model_config: Any) -> tuple[Any, str]:

@@ -8,11 +8,11 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peftkern.finetune import methods
+from peftkern.finetune import methods, selections
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.encoding import PadRight, Splits, load_splits
 from peftkern.finetune.evaluation import HeldOutLoss, held_out_loss
@@ -29,10 +29,15 @@ from peftkern.finetune.modeling import (
 from peftkern.finetune.output import OutputFolder
 from peftkern.finetune.plot import draw_loss_curve
 from peftkern.finetune.progress import Reporter
+from peftkern.finetune.selections import SELECTIONS
 from peftkern.finetune.training import TrainingRecord, train
 from peftkern.finetune.versions import versions
 
+if TYPE_CHECKING:
+    from peftkern.select.view import SelectionView
+
 _BEFORE = "held_out_before"
+_SELECTION_FILES = ("selection.png", "selection.json")
 _PACKAGES = ("torch", "transformers", "peft")
 
 
@@ -58,11 +63,13 @@ class Session:
 
 @dataclass(frozen=True)
 class Results:
-    """What a run gives: the record of training, and the loss on held-out data, ``None`` without such data."""
+    """What a run gives: the record of training, the loss on held-out data, ``None`` without such data, and what was
+    selected, ``None`` where nothing was."""
 
     record: TrainingRecord
     before: HeldOutLoss | None
     after: HeldOutLoss | None
+    selection: SelectionView | None
     seconds: float
 
 
@@ -87,7 +94,7 @@ def start(config: FinetuneConfig, console: Console) -> Session:
 
 
 def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, started: float) -> Session:
-    method = methods.build(config)
+    method = methods.build(config) if config.select is None else selections.build(config)
     source = find_model(config.model, reporter.say)
     tokenizer = load_tokenizer(source)
     model_config = load_model_config(source)
@@ -124,11 +131,14 @@ def train_session(session: Session) -> TrainingRecord:
 def finish(session: Session, record: TrainingRecord) -> Results:
     """Evaluate again, then write results, loss curve and summary; each is whole or as it was before."""
     after = _evaluate(session, "held-out loss after")
-    results = Results(record, session.before, after, time.perf_counter() - session.started)
+    results = Results(record, session.before, after, _view(session), time.perf_counter() - session.started)
     output = session.output
     for name in METHODS[session.config.method].results:
         output.replace(name, partial(_WRITERS[name], session))
     output.replace("loss.png", lambda path: _draw(path, session, results))
+    if results.selection is not None:
+        for name in _SELECTION_FILES:
+            output.replace(name, results.selection.save)
     text = json.dumps(summarise(session, results), indent=2, allow_nan=False) + "\n"
     output.replace("summary.json", lambda path: path.write_text(text, encoding="utf-8"))
     for line in _closing_lines(session, results):
@@ -171,11 +181,21 @@ _WRITERS = {
 }
 
 
+def _view(session: Session) -> SelectionView | None:
+    from peftkern.select.policy import Policy
+
+    policy = session.adapted.method
+    if not isinstance(policy, Policy) or not policy.history:
+        return None
+    return policy.view(watts=session.config.select_watts)
+
+
 def _describe_method(config: FinetuneConfig) -> str:
     entry = METHODS[config.method]
     options = f" ({config.method_options})" if config.method_options else ""
     low_rank = f", LoRA rank {config.rank} on {config.target_modules}" if entry.low_rank else ""
-    return f"{entry.name}{options}: {entry.summary}{low_rank}"
+    selected = "" if config.select is None else f", {config.select}: {SELECTIONS[config.select].summary}"
+    return f"{entry.name}{options}: {entry.summary}{low_rank}{selected}"
 
 
 def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
@@ -236,6 +256,7 @@ def summarise(session: Session, results: Results) -> dict[str, Any]:
             "cut": splits.cut,
             "dropped": splits.dropped,
         },
+        "selection": None if results.selection is None else results.selection.summary(),
         "patch": {"counts": session.adapted.report.counts, "reasons": session.adapted.report.reasons},
         "settings": asdict(session.config),
         "versions": versions(_PACKAGES),
@@ -254,12 +275,16 @@ def _closing_lines(session: Session, results: Results) -> list[str]:
     lines = [""]
     if results.before is not None and results.after is not None:
         lines.append(f"held-out loss   {results.before.loss:.4f} before, {results.after.loss:.4f} after")
-    results_written = ", ".join(f"{name}/" for name in METHODS[session.config.method].results)
+    written = [f"{name}/" for name in METHODS[session.config.method].results] + ["loss.png"]
+    if results.selection is not None:
+        written += _SELECTION_FILES
+        lines.append(f"selection       {results.selection.now}")
+        lines += [f"saved           {line.removeprefix('saved ')}" for line in results.selection.savings.lines()]
     gpu = "" if record.peak_gpu_mb is None else f", {record.peak_gpu_mb:.0f} MB on the GPU"
     return [
         *lines,
         f"training        {record.seconds:.0f} s for {record.steps} steps, {record.tokens_per_second:.0f} tokens/s",
         f"in all          {results.seconds:.0f} s",
         f"peak memory     {record.peak_resident_mb:.0f} MB{gpu}",
-        f"written to      {session.output.path}: {results_written}, loss.png, summary.json",
+        f"written to      {session.output.path}: {', '.join(written)}, summary.json",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from peftkern.finetune import memory
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.encoding import Example, PadRight
-from peftkern.finetune.errors import InterruptedRunError, describe_write_failures
+from peftkern.finetune.errors import InputError, InterruptedRunError, describe_write_failures
 from peftkern.finetune.output import OutputFolder
 from peftkern.finetune.progress import Reporter
 from peftkern.finetune.stopping import stop_on_signals
@@ -56,6 +57,7 @@ def train(
 
     Raises:
         InterruptedRunError: the user asked to stop; a checkpoint was written.
+        InputError: the budget of a policy is too small.
         RunError: the loss is no longer finite, or a checkpoint cannot be written.
     """
     from peftkern.finetune.callbacks import Watch
@@ -85,6 +87,7 @@ def train(
 
 def _run(trainer: Any, checkpoint: Path | None, output: OutputFolder, reporter: Reporter) -> None:
     from peftkern.finetune.callbacks import NothingLeftError
+    from peftkern.select.solver import BudgetError
 
     hint = "free some space; complete checkpoints are kept, and --resume continues from the last one"
     try:
@@ -94,6 +97,9 @@ def _run(trainer: Any, checkpoint: Path | None, output: OutputFolder, reporter: 
             suppress(NothingLeftError),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except BudgetError as error:
+        enough = math.ceil(error.rho * 1000) / 1000
+        raise InputError(f"--rho: too small for this model and its batches; {enough:g} is enough") from error
     finally:
         output.remove_incomplete_checkpoints()
 

@@ -71,7 +71,7 @@ class RandomSelection(Policy):
 
     def observe(self, batch: Mapping[str, Any]) -> None:
         if self.graph is None:
-            self.graph = record(self.prepared(), batch, candidates=self.candidates)
+            self.graph = self.known_costs().get("flops") or record(self.prepared(), batch, candidates=self.candidates)
 
     def select(self) -> Selection:
         if self.graph is None:

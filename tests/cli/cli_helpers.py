@@ -48,8 +48,8 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> Any:
     return fast
 
 
-def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """Save a two-layer Llama with random weights, and its tokenizer."""
+def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE, layers: int = 2) -> Path:
+    """Save a Llama with random weights, and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer(chat_template)
@@ -57,7 +57,7 @@ def save_model(folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
