@@ -47,7 +47,7 @@ class Chain:
         paid: set[int] = set()
         error = []
         for tensor in graph.tensors:
-            new = _missing(graph, tensor.segments, paid)
+            new = graph.needed([tensor.name]) - paid
             error.append(sum(graph.segments[index].cost for index in new))
             paid |= new
         return cls(tuple(graph.by_name), np.array(error), np.array([tensor.cost for tensor in graph.tensors]))
@@ -67,18 +67,6 @@ def published_select(
     error, gradient = (np.floor(costs * scale).astype(np.int64) for costs in (chain.error, chain.gradient))
     table = _Table(error, gradient, [importance[name] for name in chain.names], int(budget * scale))
     return tuple(chain.names[index] for index in table.selected())
-
-
-def _missing(graph: CostGraph, segments: tuple[int, ...], paid: set[int]) -> set[int]:
-    """What these segments need, themselves included, and is not in ``paid``, which is closed."""
-    found: set[int] = set()
-    waiting = list(segments)
-    while waiting:
-        index = waiting.pop()
-        if index not in paid and index not in found:
-            found.add(index)
-            waiting += graph.segments[index].needs
-    return found
 
 
 class _Table:

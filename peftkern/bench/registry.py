@@ -175,6 +175,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "select-solver",
+            "seconds that the exact selector takes for 10,000 tensors; importance of the published selector beside it",
+            "peftkern.bench.select_solver:cases",
+            packages=(),
+        ),
+        Benchmark(
             "quantize",
             "NF4 quantize and dequantize of a 4096x4096 weight",
             "peftkern.bench.quantize:cases",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from peftkern.bench.published_selector import Chain, published_select
+from peftkern.bench.select_solver import transformer
 from peftkern.select.cost_graph import CostGraph, Segment, TensorCost
 from peftkern.select.solver import BudgetError, solve
 
@@ -83,3 +84,16 @@ def test_branches_become_one_chain() -> None:
 def test_without_a_budget_nothing_is_chosen(budget: float) -> None:
     graph = chain_of([1, 1], [1, 1])
     assert published_select(graph, dict.fromkeys(graph.by_name, 1.0), budget) == ()
+
+
+def test_the_benchmark_s_transformer_has_its_branches() -> None:
+    # 2 layers of hidden 6 and inner 12, queries 6 wide, keys and values 2: by hand
+    graph = transformer(2, 0.0, np.random.default_rng(0), hidden=6, inner=12)
+    assert len(graph.tensors) == 18
+    top, down = 6 * 49152, 6 * 12
+    assert graph.backward(["1.down"]) == top + down
+    assert graph.backward(["1.up"]) == top + 2 * down
+    assert graph.backward(["1.gate"]) == top + 2 * down + 12
+    attention = top + 3 * down + 12 + 6 + 36 + 4096 * 6
+    assert graph.backward(["1.k"]) == attention + 6 * 2
+    assert graph.backward(["0.down"]) == attention + 36 + 12 + 12 + 6 + down
