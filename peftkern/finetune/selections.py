@@ -35,6 +35,9 @@ _PRESET = "peftkern.select.presets:Preset"
 SELECTIONS: Mapping[str, SelectEntry] = {
     entry.name: entry
     for entry in (
+        SelectEntry(
+            "green", "the most important tensors within a budget", "peftkern.select.green_trainer:GreenTrainer"
+        ),
         SelectEntry("random", "random tensors within a budget", "peftkern.select.random_selection:RandomSelection"),
         SelectEntry("lisa", "two random blocks, and all that is outside of blocks", "peftkern.select.lisa:LISA"),
         SelectEntry("last-block", "the last block", _PRESET, ("last_block",)),

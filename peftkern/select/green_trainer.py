@@ -88,14 +88,14 @@ class GreenTrainer(Policy):
         self._loss = loss
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Find the costs, the first time, and the importances.
+        """Find the costs, the first time (a checkpoint holds them), and the importances.
 
         Raises:
             ValueError: the loss depends on no candidate, or all importances are 0; see `record` and `probe`.
         """
         model, optimizer = self.prepared(), self.started()
         if not self.costs:
-            self.costs = self._find_costs(batch)
+            self.costs = dict(self.known_costs()) or self._find_costs(batch)
         self.importances = probe(
             model,
             batch,

@@ -33,11 +33,11 @@ def make(**settings: Any) -> FinetuneConfig:
 
 
 @pytest.mark.parametrize("method", [FULL, ("--method", "lora")], ids=["full", "lora"])
-def test_a_run_writes_what_it_selected_and_saved(
+def test_green_writes_what_it_selected_and_saved(
     command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path, method: tuple[str, ...]
 ) -> None:
     output = tmp_path / "out"
-    options = (*method, "--select", "random", "--rho", 0.6)
+    options = (*method, "--select", "green", "--rho", 0.6)
     result = command("finetune", model_folder, "--data", pairs_file, "--output", output, *STEPS, *options)
     assert result.exit_code == 0, result.output
     selection, summary = read(output, "selection.json"), read(output, "summary.json")
@@ -49,15 +49,25 @@ def test_a_run_writes_what_it_selected_and_saved(
     assert summary["selection"]["trained"] == len(selection["selections"][-1]["names"])
     assert summary["held_out_loss"]["after"]["loss"] < summary["held_out_loss"]["before"]["loss"]
     assert imread(output / "selection.png").std() > 0.05
-    for line in ("random: random tensors", "tensors selected", "selection       RandomSelection", "saved           "):
+    for line in ("green: the most important", "tensors selected", "selection       GreenTrainer", "saved           "):
         assert line in result.output
     assert "selection.png, selection.json, summary.json" in result.output
+
+
+def test_seconds_and_energy(command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = (*FULL, "--select", "green", "--rho", 0.9, "--select-budget", "seconds", "--select-watts", 40)
+    result = command("finetune", model_folder, "--data", pairs_file, "--output", output, *STEPS, *options)
+    assert result.exit_code == 0, result.output
+    saved = read(output, "selection.json")["savings"]
+    assert saved["watt_hours"] == pytest.approx(saved["seconds"]["saved"] * 40 / 3600)
+    assert "× 40 W (as stated) / 3600" in result.output
 
 
 def test_an_interrupted_run_resumes_to_the_same_selections(
     command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("finetune", model_folder, "--data", pairs_file, *STEPS, *FULL, "--select", "random", "--rho", 0.6)
+    arguments = ("finetune", model_folder, "--data", pairs_file, *STEPS, *FULL, "--select", "green", "--rho", 0.6)
     assert command(*arguments, "--output", tmp_path / "whole").exit_code == 0
     log = Watch.on_log
 
@@ -114,18 +124,15 @@ def test_every_row_is_in_the_documentation(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"select": "gren"}, "--select must be one of random"),
-        ({"select": "random", "rho": 0.0}, "--rho must be above 0 and at most 1, got 0.0"),
-        ({"select": "random", "rho": 1.5}, "--rho must be above 0 and at most 1"),
-        ({"select": "random", "select_interval": 0}, "--select-interval must be at least 1"),
-        (
-            {"select": "random", "select_budget": "joules"},
-            "--select-budget must be one of flops, seconds, got",
-        ),
-        ({"select": "random", "select_watts": -1.0}, "--select-watts must be above 0"),
-        ({"rho": 0.5}, "--rho needs --select; add --select random"),
+        ({"select": "gren"}, "--select must be one of green"),
+        ({"select": "green", "rho": 0.0}, "--rho must be above 0 and at most 1, got 0.0"),
+        ({"select": "green", "rho": 1.5}, "--rho must be above 0 and at most 1"),
+        ({"select": "green", "select_interval": 0}, "--select-interval must be at least 1"),
+        ({"select": "green", "select_budget": "joules"}, "--select-budget must be one of flops, seconds, got"),
+        ({"select": "green", "select_watts": -1.0}, "--select-watts must be above 0"),
+        ({"rho": 0.5}, "--rho needs --select; add --select green"),
         ({"select_budget": "flops"}, "--select-budget needs --select"),
-        ({"select": "random", "method": "spiel"}, "--method lora or full trains; --method spiel chooses itself"),
+        ({"select": "green", "method": "spiel"}, "--method lora or full trains; --method spiel chooses itself"),
     ],
 )
 def test_wrong_settings_name_the_option(settings: dict[str, Any], message: str) -> None:
@@ -137,8 +144,9 @@ def test_wrong_settings_name_the_option(settings: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"select": "lisa", "rho": 0.5}, "--rho: --select lisa does not take it; those that do: random"),
+        ({"select": "lisa", "rho": 0.5}, "--rho: --select lisa does not take it; those that do: green, random"),
         ({"select": "norms", "select_interval": 5}, "--select-interval: --select norms does not take it"),
+        ({"select": "random", "select_budget": "seconds"}, "those that do: green"),
     ],
 )
 def test_a_setting_that_the_policy_does_not_take_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -147,15 +155,16 @@ def test_a_setting_that_the_policy_does_not_take_is_refused(settings: dict[str, 
 
 
 def test_settings_reach_the_policy() -> None:
-    policy: Any = build(make(select="random", rho=0.7, select_interval=30, seed=5))
-    assert (policy.rho, policy.interval, policy.seed) == (0.7, 30, 5)
-    assert build(make(select="random")).interval == 100
+    config = make(select="green", rho=0.7, select_interval=30, select_budget="seconds", seed=5)
+    policy: Any = build(config)
+    assert (policy.rho, policy.interval, policy.budget, policy.seed) == (0.7, 30, "seconds", 5)
+    assert build(make(select="green")).interval == 100
 
 
 def test_a_budget_that_is_too_small_names_one_that_is_not(
     command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
-    options = (*FULL, "--select", "random", "--rho", 0.05)
+    options = (*FULL, "--select", "green", "--rho", 0.05)
     result = command("finetune", model_folder, "--data", pairs_file, "--output", tmp_path / "out", *STEPS, *options)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: --rho: ")
