@@ -78,7 +78,7 @@ def test_what_would_run_on_a_gpu_by_tokens(command: Command, monkeypatch: pytest
         products = list(gpu_facts.products("meta"))
     assert len(products) == 6
     for product in products:
-        assert product.kernels.startswith("triton (few) to 64 tokens, ")
+        assert product.kernels.startswith(("triton (few) to 64 tokens, ", "triton (fused) to "))
         assert product.kernels.endswith("triton (staged)")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_facts, "products", lambda _device: iter(products))
