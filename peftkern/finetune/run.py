@@ -256,11 +256,19 @@ def summarise(session: Session, results: Results) -> dict[str, Any]:
             "cut": splits.cut,
             "dropped": splits.dropped,
         },
-        "selection": None if results.selection is None else results.selection.summary(),
+        "selection": _earlier_selection(session) if results.selection is None else results.selection.summary(),
         "patch": {"counts": session.adapted.report.counts, "reasons": session.adapted.report.reasons},
         "settings": asdict(session.config),
         "versions": versions(_PACKAGES),
     }
+
+
+def _earlier_selection(session: Session) -> Any:
+    """What the summary in the folder says, where there was nothing left to train; ``None`` where it says nothing."""
+    path = session.output.path / "summary.json"
+    if session.config.select is None or not session.config.resume or not path.is_file():
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("selection")
 
 
 def _as_data(loss: HeldOutLoss | None) -> dict[str, Any] | None:

@@ -87,6 +87,20 @@ def test_an_interrupted_run_resumes_to_the_same_selections(
     assert read(output, "summary.json")["training_loss"] == read(tmp_path / "whole", "summary.json")["training_loss"]
 
 
+def test_a_finished_run_that_is_resumed_keeps_what_it_selected(
+    command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("finetune", model_folder, "--data", pairs_file, "--output", output, *STEPS, *FULL, "--select", "lisa")
+    assert command(*arguments).exit_code == 0
+    selection, summary = read(output, "selection.json"), read(output, "summary.json")
+    again = command(*arguments, "--resume")
+    assert again.exit_code == 0, again.output
+    assert read(output, "summary.json")["steps"] == 0
+    assert read(output, "summary.json")["selection"] == summary["selection"] is not None
+    assert read(output, "selection.json") == selection
+
+
 def test_without_select_nothing_of_it_is_written(
     command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
