@@ -221,6 +221,25 @@ cpu::Moment to_moment(const MomentTuple& t) {
   return m;
 }
 
+void check_moment(const MomentTuple& moment, uintptr_t values) {
+  if (values == 0 || std::get<0>(moment) == 0 || std::get<1>(moment) == 0)
+    throw std::invalid_argument("moment: values, codes and scales must have memory on the CPU");
+}
+
+void encode_moment(const std::string& isa, const MomentTuple& moment, uintptr_t values, int64_t elements, int threads) {
+  check_moment(moment, values);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_encode_moment(kernels, to_moment(moment), pointer<float>(values), elements, threads);
+}
+
+void decode_moment(const std::string& isa, const MomentTuple& moment, uintptr_t values, int64_t elements, int threads) {
+  check_moment(moment, values);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_decode_moment(kernels, to_moment(moment), reinterpret_cast<float*>(values), elements, threads);
+}
+
 // (data, dtype)
 using ValuesTuple = std::tuple<uintptr_t, int>;
 // (age, corrections, last_age); an age of 0 means that entries have none
@@ -380,6 +399,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("adamw", &adamw, py::arg("isa"), py::arg("parameter"), py::arg("gradient"), py::arg("elements"),
              py::arg("mean"), py::arg("square"), py::arg("coefficients"), py::arg("ages"), py::arg("scale"),
              py::arg("probe"), py::arg("threads"), "csrc/cpu/kernels.h, struct AdamW, says what is computed.");
+  for (const auto& [name, function] : {std::pair{"encode_moment", &encode_moment}, {"decode_moment", &decode_moment}})
+    module.def(name, function, py::arg("isa"), py::arg("moment"), py::arg("values"), py::arg("elements"),
+               py::arg("threads"), "csrc/cpu/kernels.h, struct Moment, says what the codes are.");
   module.def("score_histogram", &score_histogram, py::arg("isa"), py::arg("scores"), py::arg("shift"), py::arg("bits"),
              py::arg("prefix"), py::arg("counts"), py::arg("threads"),
              "csrc/cpu/kernels.h, structs Scores and Digit, says what is counted.");

@@ -235,6 +235,9 @@ struct Kernels {
   // The gradients of these features' entries from the sums of all groups, [groups][entries].
   void (*sparse_gradients)(const SparseProduct&, const float* sums, int64_t groups, int64_t begin, int64_t end);
   void (*adamw_elements)(const AdamW&, int64_t begin, int64_t end);
+  // A moment's codes from floats, and floats from its codes; `begin` is a multiple of the block.
+  void (*encode_moments)(const Moment&, const float* values, int64_t begin, int64_t end);
+  void (*decode_moments)(const Moment&, float* values, int64_t begin, int64_t end);
   void (*adamw_probe_elements)(const AdamW&, int64_t begin, int64_t end);
   void (*score_counts)(const Scores&, const Digit&, int64_t begin, int64_t end, int64_t* counts);
   void (*score_compare)(const Scores&, uint32_t key, int64_t begin, int64_t end, int64_t* above, int64_t* equal);

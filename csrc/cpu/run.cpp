@@ -101,14 +101,32 @@ void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads
                    [&](int64_t begin, int64_t end) { kernels.silu_mul_backward_elements(s, begin, end); });
 }
 
+namespace {
+
+template <class Work>
+void for_moment_blocks(int64_t elements, int threads, const Work& work) {
+  const int64_t elements_per_task = kElementsPerTask / kMomentBlock * kMomentBlock;
+  parallel_for((elements + elements_per_task - 1) / elements_per_task, threads, [&](int64_t task) {
+    const int64_t begin = task * elements_per_task;
+    work(begin, std::min(elements, begin + elements_per_task));
+  });
+}
+
+}  // namespace
+
 void run_adamw(const Kernels& kernels, const AdamW& a, int threads) {
   const auto update = a.probe ? kernels.adamw_probe_elements : kernels.adamw_elements;
-  const int64_t blocks_per_task = kElementsPerTask / kMomentBlock;
-  const int64_t elements_per_task = blocks_per_task * kMomentBlock;
-  parallel_for((a.elements + elements_per_task - 1) / elements_per_task, threads, [&](int64_t task) {
-    const int64_t begin = task * elements_per_task;
-    update(a, begin, std::min(a.elements, begin + elements_per_task));
-  });
+  for_moment_blocks(a.elements, threads, [&](int64_t begin, int64_t end) { update(a, begin, end); });
+}
+
+void run_encode_moment(const Kernels& kernels, const Moment& m, const float* values, int64_t elements, int threads) {
+  for_moment_blocks(elements, threads,
+                    [&](int64_t begin, int64_t end) { kernels.encode_moments(m, values, begin, end); });
+}
+
+void run_decode_moment(const Kernels& kernels, const Moment& m, float* values, int64_t elements, int threads) {
+  for_moment_blocks(elements, threads,
+                    [&](int64_t begin, int64_t end) { kernels.decode_moments(m, values, begin, end); });
 }
 
 namespace {

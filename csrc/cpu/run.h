@@ -12,6 +12,8 @@ void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads);
 void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads);
 void run_sparse_product(const Kernels& kernels, const SparseProduct& p);  // on p.threads threads
 void run_adamw(const Kernels& kernels, const AdamW& a, int threads);
+void run_encode_moment(const Kernels& kernels, const Moment& m, const float* values, int64_t elements, int threads);
+void run_decode_moment(const Kernels& kernels, const Moment& m, float* values, int64_t elements, int threads);
 // Adds to kScoreBuckets counts.
 void run_score_histogram(const Kernels& kernels, const Scores& s, const Digit& digit, int64_t* counts, int threads);
 // Writes `count` ascending indices: the keys above `key`, and the first `ties` that equal it. Throws where there are

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftkern.backends import cpu, registry
 from peftkern.formats import BitMask
-from peftkern.ops.adamw import Coefficients, Scale, moment_magnitudes, moment_values
+from peftkern.formats.quantized_tensor import block_count
+from peftkern.ops.adamw import MOMENT_BLOCK_SIZE, Coefficients, Scale, moment_magnitudes, moment_values
 
 _CELL_SHIFT = 16
 """As in csrc/cpu/kernels.h: a cell is the magnitudes that have their bits above these in common."""
@@ -152,6 +153,34 @@ def _scale_tuple(parameter: Tensor, scale: Scale) -> tuple[tuple[float, int, int
 
 
 # ---- codes of 8-bit moments
+
+
+def _supports_moment(moment: Tensor, *_rest: Any) -> str | None:
+    return None if moment.device.type == "cpu" else f"tensors on {moment.device.type}"
+
+
+@registry.register("encode_moment", "cpu", supports=_supports_moment)
+def encode_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """See :func:`peftkern.ops.adamw.encode_moment`."""
+    values = moment.resolve_neg().contiguous()
+    codes = torch.empty(values.shape, dtype=torch.uint8)
+    absmax = torch.empty(block_count(values.numel(), MOMENT_BLOCK_SIZE), dtype=torch.float32)
+    _convert(cpu.native.encode_moment, codes, absmax, signed, values)
+    return codes, absmax
+
+
+@registry.register("decode_moment", "cpu", supports=_supports_moment)
+def decode_moment(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """See :func:`peftkern.ops.adamw.decode_moment`."""
+    values = torch.empty(codes.shape, dtype=torch.float32)
+    _convert(cpu.native.decode_moment, codes.contiguous(), absmax.contiguous(), signed, values)
+    return values
+
+
+def _convert(run: Any, codes: Tensor, absmax: Tensor, signed: bool, values: Tensor) -> None:
+    if values.numel() > 0:
+        moment = (codes.data_ptr(), absmax.data_ptr(), *_code_tables(signed), signed)
+        run(cpu.chosen_isa(), moment, values.data_ptr(), values.numel(), torch.get_num_threads())
 
 
 @lru_cache(maxsize=2)

@@ -127,6 +127,8 @@ def _training_calls() -> Iterator[tuple[str, str, Arguments]]:
     coefficients, _ = coefficients_of(weight.device, 1e-3, (0.9, 0.999), 1e-8, 0.01, 1)
     yield "adamw", text, partial(tuple, (weight, weight, weight, weight, coefficients, None, None))
     moments = empty_moments(weight)
+    yield "encode_moment", text, partial(tuple, (weight, True))
+    yield "decode_moment", text, partial(tuple, (moments[0], moments[2], True))
     yield "adamw_8bit", text, partial(tuple, (weight, weight, *moments, coefficients, None, None))
     yield "adamw_probe", text, partial(tuple, (weight, weight, weight, weight, coefficients, None, None))
     yield "adamw_8bit_probe", text, partial(tuple, (weight, weight, *moments, coefficients, None, None))

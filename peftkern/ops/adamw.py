@@ -37,6 +37,7 @@ from peftkern.formats import VALUE_DTYPES, BitMask, codebook
 from peftkern.formats.quantized_tensor import block_count
 
 MOMENT_BLOCK_SIZE = 256
+_ZERO_CODES = (127, 0)  # of the first and the second moment
 
 Scale = float | Tensor | BitMask | None
 """What the update is multiplied by: a number, one for each row, or 1 at the kept entries and 0 elsewhere."""
@@ -363,9 +364,11 @@ def _corrections(betas: tuple[float, float], device: torch.device) -> Tensor:
 
 def empty_moments(parameter: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """state1, state2, absmax1 and absmax2 of moments that are all zero."""
-    zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-    state1, absmax1 = quantize_moment(zeros, signed=True)
-    state2, absmax2 = quantize_moment(zeros, signed=False)
+    state1, state2 = (
+        torch.full(parameter.shape, code, dtype=torch.uint8, device=parameter.device) for code in _ZERO_CODES
+    )
+    blocks = block_count(parameter.numel(), MOMENT_BLOCK_SIZE)
+    absmax1, absmax2 = (torch.zeros(blocks, dtype=torch.float32, device=parameter.device) for _ in _ZERO_CODES)
     return state1, state2, absmax1, absmax2
 
 
@@ -389,13 +392,46 @@ def moment_magnitudes(signed: bool, device: torch.device) -> tuple[Tensor, Tenso
     return magnitudes, bounds
 
 
-def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+def encode_moment(moment: Tensor, signed: bool, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """A moment as codes, uint8 of its shape, and the scales of its blocks, [⌈entries / 256⌉] float32.
 
     Args:
-        moment: float32.
+        moment: float32, of any shape.
         signed: whether it is the first moment; the second has no sign.
+        backend: name of the backend that must run it; ``None`` lets the table decide.
+
+    Raises:
+        TypeError: the moment is not float32.
+        BackendError: a forced backend cannot run the call.
     """
+    if moment.dtype != torch.float32:
+        raise TypeError(f"encode_moment: moment must be float32, got {moment.dtype}")
+    codes, absmax = registry.run("encode_moment", moment.detach(), signed, backend=backend)
+    return codes, absmax
+
+
+def decode_moment(codes: Tensor, absmax: Tensor, signed: bool, *, backend: str | None = None) -> Tensor:
+    """The moment that :func:`encode_moment` made ``codes`` and ``absmax`` of: float32, of the shape of ``codes``.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: the number of scales does not fit.
+        BackendError: a forced backend cannot run the call.
+    """
+    if codes.dtype != torch.uint8 or absmax.dtype != torch.float32:
+        raise TypeError(f"decode_moment: codes must be uint8 and absmax float32, got {codes.dtype} and {absmax.dtype}")
+    blocks = block_count(codes.numel(), MOMENT_BLOCK_SIZE)
+    if absmax.shape != (blocks,) or absmax.device != codes.device:
+        raise ValueError(
+            f"decode_moment: absmax must be [{blocks}] on {codes.device}, got {list(absmax.shape)} on {absmax.device}"
+        )
+    moment: Tensor = registry.run("decode_moment", codes, absmax, signed, backend=backend)
+    return moment
+
+
+@registry.register("encode_moment", "reference")
+def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """:func:`encode_moment` in plain PyTorch, without its checks."""
     bounds = moment_magnitudes(signed, moment.device)[1]
     flat = moment.reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % MOMENT_BLOCK_SIZE)).view(-1, MOMENT_BLOCK_SIZE)
@@ -407,8 +443,9 @@ def quantize_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).view(-1)[: flat.numel()].view(moment.shape), absmax
 
 
+@registry.register("decode_moment", "reference")
 def dequantize_moment(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """The moment that :func:`quantize_moment` made ``codes`` and ``absmax`` of: float32, of the shape of ``codes``."""
+    """:func:`decode_moment` in plain PyTorch, without its checks."""
     values = moment_values(signed, codes.device)[codes.reshape(-1).int()]
     return (values * absmax.repeat_interleave(MOMENT_BLOCK_SIZE)[: codes.numel()]).view(codes.shape)
 

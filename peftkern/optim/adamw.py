@@ -110,8 +110,8 @@ class AdamW(torch.optim.Optimizer):
         if "exp_avg" in state:
             return state["exp_avg"], state["exp_avg_sq"]
         return (
-            adamw.dequantize_moment(state["state1"], state["absmax1"], signed=True),
-            adamw.dequantize_moment(state["state2"], state["absmax2"], signed=False),
+            adamw.decode_moment(state["state1"], state["absmax1"], signed=True),
+            adamw.decode_moment(state["state2"], state["absmax2"], signed=False),
         )
 
     def _keep(self, parameter: Tensor, moments: Moments) -> dict[str, Tensor]:
@@ -318,8 +318,8 @@ _STATE_NAMES = ("state1", "state2", "absmax1", "absmax2")
 
 
 def _in_8_bits(moments: Moments) -> dict[str, Tensor]:
-    state1, absmax1 = adamw.quantize_moment(moments[0], signed=True)
-    state2, absmax2 = adamw.quantize_moment(moments[1], signed=False)
+    state1, absmax1 = adamw.encode_moment(moments[0], signed=True)
+    state2, absmax2 = adamw.encode_moment(moments[1], signed=False)
     return dict(zip(_STATE_NAMES, (state1, state2, absmax1, absmax2), strict=True))
 
 

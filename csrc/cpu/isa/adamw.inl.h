@@ -219,3 +219,19 @@ static void adamw_probe_elements(const AdamW& a, int64_t begin, int64_t end) {
     write_floats(a.parameter, a.parameter_dtype, i, count, buffer.parameter);
   }
 }
+
+// ---- whole moments
+
+static void encode_moments(const Moment& moment, const float* values, int64_t begin, int64_t end) {
+  alignas(64) float buffer[kMomentBlock] = {};
+  for (int64_t i = begin; i < end; i += kMomentBlock) {
+    const int64_t count = end - i < kMomentBlock ? end - i : kMomentBlock;
+    std::memcpy(buffer, values + i, static_cast<size_t>(count) * sizeof(float));
+    encode_moment(moment, i, count, buffer);
+  }
+}
+
+static void decode_moments(const Moment& moment, float* values, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += kMomentBlock)
+    decode_moment(moment, i, end - i < kMomentBlock ? end - i : kMomentBlock, values + i);
+}

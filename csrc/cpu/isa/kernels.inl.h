@@ -23,12 +23,13 @@
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      kNativeBfloat16,      kNativeFloat16,    product_scratch,
-      product_tasks,        product_task,      quantize_blocks,
-      dequantize_blocks,    silu_mul_elements, silu_mul_backward_elements,
-      sparse_blocks,        sparse_gradients,  adamw_elements,
-      adamw_probe_elements, score_counts,      score_compare,
-      score_collect,        add_importance,    sum_importance,
+      kNativeBfloat16,   kNativeFloat16,    product_scratch,
+      product_tasks,     product_task,      quantize_blocks,
+      dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
+      sparse_blocks,     sparse_gradients,  adamw_elements,
+      encode_moments,    decode_moments,    adamw_probe_elements,
+      score_counts,      score_compare,     score_collect,
+      add_importance,    sum_importance,
   };
   return &table;
 }
