@@ -35,6 +35,10 @@ def record(
     embeddings, an encoder beside a decoder, gradient checkpointing (not in the reentrant way), adapters and sparse
     deltas over frozen and quantized weights. The model is left as it was, the random number generators as well.
 
+    Where a kernel is chosen by what asks for a gradient, the one that runs with all candidates trained is counted: T5's
+    attention, whose learned bias decides, differs by up to 0.5% of a step. What ran for no token of the batch (experts)
+    costs nothing. Under autocast, call it under the same autocast.
+
     The hook through which ``transformers`` and ``peft`` let the embeddings' output ask for a gradient is left out, as
     `Execution` takes it away. What else asks for one without being a parameter is paid by every step.
 

@@ -134,6 +134,14 @@ def test_linear_weights_cost_what_the_paper_says() -> None:
     assert below - above == 2 * tokens * 2 * inner * width + tokens * inner
 
 
+def test_under_autocast_a_selection_costs_what_it_executes() -> None:
+    model = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        graph = record(model, text())
+        for names in selections(trained(model)):
+            assert graph.step(names) == pytest.approx(counted(model, text(), names), rel=1e-12), names
+
+
 # ---- arguments, and what is left behind
 
 
