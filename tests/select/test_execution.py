@@ -134,7 +134,7 @@ def test_no_error_is_handed_on_and_nothing_is_kept_below_the_lowest_selected(kin
     full = twin(model)
     if kind.split()[0] in ("checkpointed", "reentrant"):
         arguments = {"use_reentrant": kind.startswith("reentrant")}
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     names = [n for n, p in model.named_parameters() if p.requires_grad and f".layers.{lowest}.mlp.up_proj" in n]
     assert names
     Execution(model).apply(names)
@@ -148,8 +148,11 @@ def test_no_error_is_handed_on_and_nothing_is_kept_below_the_lowest_selected(kin
         assert saved.bytes == 0, index
     calls.clear()
     error_through = count_backwards(model, batch)
-    # reentrant checkpointing lets the input of the lowest region ask for a gradient, inside of the region
-    assert error_through == dict.fromkeys(range(lowest + 1, LAYERS), 1)
+    if kind.startswith("reentrant"):
+        # the input of the lowest region asks for a gradient inside of it, which hooks see or not by version
+        assert error_through.keys() - {lowest} == set(range(lowest + 1, LAYERS))
+    else:
+        assert error_through == dict.fromkeys(range(lowest + 1, LAYERS), 1)
     recomputed = {index for index, count in calls.items() if count == 2}
     assert recomputed == (set(range(lowest, LAYERS)) if "full" not in kind and kind != "lora" else set())
     full(**batch).loss.backward()
@@ -160,7 +163,7 @@ def test_no_error_is_handed_on_and_nothing_is_kept_below_the_lowest_selected(kin
 
 def test_regions_in_the_middle_are_recomputed_as_the_error_passes_through() -> None:
     model = deep()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     names = ["model.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"]
     dense = deep()
     Execution(model).apply(names)
@@ -174,7 +177,7 @@ def test_regions_in_the_middle_are_recomputed_as_the_error_passes_through() -> N
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_hook_of_peft_on_the_embeddings_is_off_and_comes_back(reentrant: bool) -> None:
     model = deep()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model = lora(model)
     hooks = dict(model.get_input_embeddings()._forward_hooks)
     functions = [layer._gradient_checkpointing_func for layer in layers_of(model)]
@@ -201,7 +204,7 @@ def test_checkpointing_that_is_switched_on_later_is_found_by_the_next_apply() ->
     model = deep()
     execution = Execution(model)
     execution.apply(CHOSEN)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     execution.apply(CHOSEN)
     model(**batches(1)[0]).loss.backward()
     with saved_inside(model.model.layers[1]) as saved:
@@ -434,3 +437,10 @@ def test_it_waits_for_the_end_of_an_update() -> None:
     assert all(p.requires_grad for p in model.parameters())
     model.zero_grad(set_to_none=False)
     execution.apply(CHOSEN)
+
+
+def test_sharded_parameters_are_named() -> None:
+    model = deep()
+    model.get_parameter(CHOSEN[0]).device_mesh = "2 processes"  # as a DTensor of FSDP2 has
+    with pytest.raises(ValueError, match=r"layers.2.self_attn.k_proj.weight is sharded"):
+        Execution(model).apply(CHOSEN)

@@ -244,7 +244,7 @@ def test_the_trainer_accumulates_and_counts_updates(tmp_path: Path) -> None:
 
 def test_gradient_checkpointing_in_the_trainer(tmp_path: Path) -> None:
     model, plain = llama(), llama()
-    trainer(tmp_path, RoundRobin(WORDS), model, activation_checkpointing=True, num_train_epochs=1).train()
+    trainer(tmp_path, RoundRobin(WORDS), model, gradient_checkpointing=True, num_train_epochs=1).train()
     trainer(tmp_path, RoundRobin(WORDS), plain, num_train_epochs=1).train()
     assert changed(model, values(plain)) == set()
 
