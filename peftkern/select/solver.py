@@ -245,23 +245,25 @@ class _Problem:
             depths.append(depth + cost)
             pays[index] = pays[index] or free
             out[index] = not pays[index] and (blocked or depth + cost > self.capacity)
+        affordable = np.array([*depths, 0], dtype=np.int64)[self.places] + self.costs <= self.capacity
         useful = np.zeros(len(pays) + 1, dtype=bool)
-        useful[self.places] = True
+        useful[self.places[affordable]] = True
         uses = useful.tolist()
         for index in range(len(pays) - 1, -1, -1):
             if uses[index] and not out[index]:
                 for need in self.needs[index]:
                     uses[need] = True
-        return self._without(pays, [o or not use for o, use in zip(out, uses[:-1], strict=True)], price)._folded()
+        unused = [o or not use for o, use in zip(out, uses[:-1], strict=True)]
+        return self._without(pays, unused, affordable, price)._folded()
 
-    def _without(self, paid: Sequence[bool], left_out: Sequence[bool], price: float) -> _Problem:
+    def _without(self, paid: Sequence[bool], left_out: Sequence[bool], kept: Flags, price: float) -> _Problem:
         numbers = count()
         moved = [-1 if p else -2 if out else next(numbers) for p, out in zip(paid, left_out, strict=True)]
         stays = [index for index, number in enumerate(moved) if number >= 0]
         needs = [tuple(moved[need] for need in self.needs[index] if not paid[need]) for index in stays]
         capacity = self.capacity - int(self.segment_costs[np.array(paid, dtype=bool)].sum())
         places = np.array([*moved, -1], dtype=np.int64)[self.places]
-        kept = (places > -2) & (self.costs <= capacity)
+        kept = kept & (places > -2) & (self.costs <= capacity)
         items = self.ids[kept], self.values[kept], self.costs[kept], places[kept]
         return _Problem(capacity, *items, self.segment_costs[stays], needs, price)
 
@@ -283,7 +285,8 @@ class _Problem:
         order = np.argsort(-_densities(self.values, costs), kind="stable")
         items = self.ids[order], self.values[order], costs[order], places[order]
         rest = _Problem(self.capacity, *items, self.segment_costs, self.needs)
-        return rest._without([False] * len(self.needs), folded[:-1].tolist(), self.price)._folded()
+        every = np.ones(len(order), dtype=bool)
+        return rest._without([False] * len(self.needs), folded[:-1].tolist(), every, self.price)._folded()
 
 
 def _search(
@@ -566,7 +569,6 @@ class _Search:
         self.bound = 0.0
         self.work = 0
         self._root = problem
-        self._slack = 0.0
         self._tried: set[int] = set()
         self._numbers = count()
         self._open: list[tuple[float, int, _Problem]] = []
@@ -586,7 +588,6 @@ class _Search:
 
     def _all_or_less(self, problem: _Problem) -> _Problem:
         everything = float(problem.values.sum())
-        self._slack = _ROUNDING * everything
         if int(problem.costs.sum()) + int(problem.segment_costs.sum()) > problem.capacity:
             return problem
         self._offer(problem.ids, everything)
@@ -600,8 +601,12 @@ class _Search:
         if problem.capacity >= 0 and len(problem.ids) and self._beats(bound):
             heapq.heappush(self._open, (-bound, next(self._numbers), problem))
 
+    @property
+    def _to_beat(self) -> float:
+        return self.value * (1 + _ROUNDING)
+
     def _beats(self, bound: float) -> bool:
-        return bound > self.value + self._slack
+        return bound > self._to_beat
 
     def _look_at(self, problem: _Problem, known: float) -> None:
         best, low, high = problem.priced
@@ -614,8 +619,8 @@ class _Search:
             if priced is not None:
                 self._try(problem, priced.closure)
         paying, leaving = best.losses()
-        paid = best.bound - leaving <= self.value + self._slack
-        left_out = best.bound - paying <= self.value + self._slack
+        paid = best.bound - leaving <= self._to_beat
+        left_out = best.bound - paying <= self._to_beat
         if (paid & left_out).any():
             return
         if (paid | left_out).any():
@@ -638,10 +643,10 @@ class _Search:
         capacity = problem.capacity - int(problem.segment_costs[paid].sum())
         if capacity >= 0 and capacity not in self._tried:
             self._tried.add(capacity)
-            self._run(_Knapsack(problem.decide(paid, ~paid), self.value, self._slack), quick=True)
+            self._run(_Knapsack(problem.decide(paid, ~paid), self.value), quick=True)
 
     def _finish(self, problem: _Problem, known: float) -> None:
-        knapsack = _Knapsack(problem, self.value, self._slack)
+        knapsack = _Knapsack(problem, self.value)
         if knapsack.bound < min(known, self._highest):  # others first
             self._push(problem, knapsack.bound)
             return
@@ -673,17 +678,21 @@ class _Knapsack:
         work: states that were looked at.
     """
 
-    def __init__(self, problem: _Problem, value: float, slack: float) -> None:
+    def __init__(self, problem: _Problem, value: float) -> None:
         self.chosen: Integers | None = None
         self.value = value
         self.work = len(problem.ids)
         self._ids, self._values, self._costs = problem.ids, problem.values, problem.costs
-        self._capacity, self._slack = problem.capacity, slack
+        self._capacity = problem.capacity
         filled = np.cumsum(self._costs)
         self._break = int(np.searchsorted(filled, problem.capacity, side="right"))
         self._cost = int(filled[self._break - 1]) if self._break else 0
         self._start = float(self._values[: self._break].sum())
         self.bound = self._start + self._after_break()
+
+    @property
+    def _to_beat(self) -> float:
+        return self.value * (1 + _ROUNDING)
 
     def _after_break(self) -> float:
         if self._break == len(self._ids):
@@ -695,10 +704,10 @@ class _Knapsack:
 
     def run(self, quick: bool, most_work: int) -> None:
         """Find the best selection, or quickly a good one. Where that is too much work, `bound` tells what is left."""
-        if self.bound <= self.value + self._slack:
+        if self.bound <= self._to_beat:
             return
         self._greedy()
-        if self._break < len(self._ids) and self.bound > self.value + self._slack:
+        if self._break < len(self._ids) and self.bound > self._to_beat:
             self._search(quick, most_work)
         elif self._break == len(self._ids):
             self.bound = self.value
@@ -725,7 +734,7 @@ class _Knapsack:
         """By how much the bound falls where a tensor is added or removed; what may be added, and what removed."""
         price = self._density(self._break)
         loss = np.abs(self._values - price * self._costs)
-        may = np.flatnonzero(self.bound - loss > self.value + self._slack)
+        may = np.flatnonzero(self.bound - loss > self._to_beat)
         adds = may[may >= self._break]
         return loss, adds.tolist(), may[may < self._break][::-1].tolist()
 
@@ -759,7 +768,7 @@ class _Knapsack:
             up = self._density(adds[0]) if adds else 0.0
             down = self._density(removes[0]) if removes else math.inf
             most = most_states if self.work < most_work else 0
-            dropped = max(dropped, states.prune(self._capacity, up, down, self.value + self._slack, most))
+            dropped = max(dropped, states.prune(self._capacity, up, down, self._to_beat, most))
         if best is not None:
             taken = np.arange(len(self._ids)) < self._break
             taken[best] ^= True

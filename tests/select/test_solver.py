@@ -241,6 +241,11 @@ def test_wrong_arguments_are_refused(importance: dict[str, float], budget: float
         solve(chain_of([1, 1], [1, 1]), importance, budget)
 
 
+def test_an_importance_that_is_out_of_reach_does_not_drown_the_others() -> None:
+    graph = chain_of([1, 1, 1, 1], [1, 1, 1, 100])
+    assert solve(graph, importances(graph, [1e-9, 3e-9, 2e-9, 1e9]), 4.0).names == ("t0", "t1")
+
+
 # ---- the limit of work
 
 
