@@ -27,6 +27,7 @@ from peftkern.patch.arguments import (
 )
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
+from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
 from peftkern.patch.report import PatchRow
 from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
@@ -71,18 +72,19 @@ class _Setting:
     dtype: torch.dtype
 
 
-def examine(model: nn.Module, backend: str | None) -> list[Finding]:
-    """All modules of ``model`` that `patch` has something to say about, outermost first.
+def examine(model: nn.Module, backend: str | None, logits: bool = True) -> list[Finding]:
+    """All modules of ``model`` that `patch` has something to say about, outermost first; language models at the end.
 
     Raises:
         BackendError: ``backend`` cannot run one of them.
     """
     setting = _Setting(backend, _activation_dtype(model))
     findings = {finding.name: finding for finding in _findings(model, setting)}
+    whole = [] if logits and not _has_loss_alone(model) else list(_language_models(model, setting))
     for group in sibling_groups(_in_features(findings.values())):
         members = [findings[name] for name in group]
         findings |= {finding.name: finding for finding in _in_group(members, setting)}
-    return list(findings.values())
+    return [*findings.values(), *whole]
 
 
 def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
@@ -107,6 +109,17 @@ def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
             yield _gated_finding(name, module, setting)
         elif isinstance(module, nn.Linear):
             yield _plain_finding(name, module, setting)
+
+
+def _language_models(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
+    for name, module in model.named_modules():
+        if is_language_model(original_class(type(module))):
+            yield _language_model_finding(name, module, setting)
+
+
+def _has_loss_alone(model: nn.Module) -> bool:
+    """Whether an earlier `patch` has taken a language model: then a later one reports it."""
+    return any(fused.is_fused(module) and is_language_model(type(module)) for module in model.modules())
 
 
 def _is_inside(name: str, outer: str | None) -> bool:
@@ -224,6 +237,18 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
     # not `read_weight`, which refuses a trained one: a masked layer may train its own
     arguments = LayerArguments(module, masked_weight(module), module.bias, mask=mask)
     return Finding(name, module, _fused(name, module, arguments, _kernel(arguments, setting), [OURS]))
+
+
+def _language_model_finding(name: str, model: Any, setting: _Setting) -> Finding:
+    try:
+        check_model(model)
+    except NotFused as refusal:
+        return Finding(name, model, _left(name, model, str(refusal)))
+    weight = model.lm_head.weight.detach()
+    choice = registry.choose("linear_cross_entropy", weight[:0], weight, backend=setting.backend)
+    kernel = f"linear_cross_entropy on {choice.backend}"
+    row = PatchRow(name, _class_name(model), "", "fused", kernel, NO_LOGITS, calls_left=_calls(model))
+    return Finding(name, model, row, fused.fused_class(original_class(type(model))))
 
 
 def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:

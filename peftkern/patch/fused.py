@@ -8,6 +8,7 @@ a fused layer needs sits in one entry of its `__dict__`, and goes when the layer
     W is W ⊙ M where the base layer has a mask M
     y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
                                                              fused too, its input is not kept but made again
+    loss = cross_entropy(head(hidden), labels)               a language model in training, without its logits
 
 Whatever this does not cover raises `NotFused` and then runs what the original runs, counted and logged.
 """
@@ -46,6 +47,7 @@ from peftkern.patch.arguments import (
     running_adapters,
 )
 from peftkern.patch.gated import is_gated_mlp, is_silu
+from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
 from peftkern.patch.weights import KNOWN_TENSORS, NotFused, ViewCache, base_kind, original_class
 
 if TYPE_CHECKING:
@@ -134,7 +136,8 @@ def fused_class(original: type) -> type | None:
         return _rebuild, (under, under is not original), self.__getstate__()
 
     namespace = {
-        "__module__": __name__,
+        # PEFT writes down where the class of a model is from
+        "__module__": __name__ if tail_of(original) is None else original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": f"{original.__qualname__} with the forward of `peftkern`.",
         "__reduce_ex__": reduce,
@@ -158,6 +161,8 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
         return {"forward": _lora_forward(original), "merge": _merge(original), "unmerge": _unmerge(original)}
     if is_gated_mlp(original):
         return {"forward": _gated_forward}
+    if tail_of(original) is not None:
+        return {"forward": _language_model_forward(original)}
     kind = base_kind(original)
     has_deltas = under_deltas(original) is not original
     return {"forward": _base_forward(original)} if kind is not None and (kind.swap or has_deltas) else None
@@ -194,6 +199,24 @@ def _base_forward(original: Any) -> Callable[..., Tensor]:
             return _run(self, x, arguments)
         self.__dict__[STATE].note(reason)
         return original.forward(self, x)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _language_model_forward(original: Any) -> Callable[..., Any]:
+    # with the signature of the original, which the Trainer and `generate` look at
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = wants_loss_alone(original, self, args, kwargs)
+        if arguments is None:
+            return original.forward(self, *args, **kwargs)
+        state = self.__dict__[STATE]
+        try:
+            return output_without_logits(original, self, arguments, state.backend)
+        except NotFused as refusal:
+            reason = str(refusal)
+        state.note(reason)
+        return original.forward(self, *args, **kwargs)
 
     return forward
 

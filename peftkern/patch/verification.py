@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.patch.arguments import compute_dtype, is_lora_class, running_adapters
+from peftkern.patch.language_model import is_language_model
 from peftkern.patch.table import format_table, pattern_of
 from peftkern.patch.walk import originals, patched_modules
 from peftkern.patch.weights import original_class
@@ -150,7 +151,7 @@ def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, n
         loss, gradients = _forward_backward(model, batch)
     with _random_state(), originals(modules.values()):
         expected_loss, expected_gradients = _forward_backward(model, batch)
-    tolerance = max((row.tolerance for row in outputs.values()), default=0.0)
+    tolerance = max((row.tolerance for row in outputs.values()), default=_tolerance_of(gradients))
     rows = list(outputs.values())
     rows.append(VerifyRow("loss", "", _error(loss, expected_loss), tolerance))
     tolerance *= max(ACCUMULATION, math.sqrt(len(outputs)))
@@ -161,6 +162,12 @@ def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, n
     return VerifyReport(tuple(rows), loss.item(), expected_loss.item(), tuple(_notes(modules, outputs)))
 
 
+def _tolerance_of(gradients: Mapping[str, Tensor]) -> float:
+    """Where no module but the model itself was compared."""
+    dtypes = {gradient.dtype for gradient in gradients.values()} | {torch.float32}
+    return max(TOLERANCES[dtype] for dtype in dtypes if dtype in TOLERANCES)
+
+
 def _notes(modules: Mapping[str, nn.Module], outputs: Mapping[str, VerifyRow]) -> Iterator[str]:
     silent = sum(_adds_nothing(module) for module in modules.values())
     if silent:
@@ -168,7 +175,7 @@ def _notes(modules: Mapping[str, nn.Module], outputs: Mapping[str, VerifyRow]) -
             f"the adapters of {silent} modules have B = 0, as before the first step: what they add is zero and so are "
             "the gradients of A. Verify again after a step to compare them"
         )
-    unused = len([name for name in modules if name not in outputs and not _is_base_of_another(name, modules)])
+    unused = len([name for name in modules if name not in outputs and _is_checked(name, modules)])
     if unused:
         yield f"{unused} patched modules were not called with this batch"
 
@@ -178,6 +185,12 @@ def _adds_nothing(module: Any) -> bool:
         return False
     names = running_adapters(module)
     return bool(names) and not any(module.lora_B[name].weight.any() for name in names)
+
+
+def _is_checked(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    # the output of a language model in training is its loss, which has a row of its own
+    is_model = is_language_model(original_class(type(modules[name])))
+    return not is_model and not _is_base_of_another(name, modules)
 
 
 def _is_base_of_another(name: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -215,7 +228,7 @@ def _loss_of(output: Any) -> Tensor:
 @contextmanager
 def _output_checks(modules: Mapping[str, nn.Module], rows: dict[str, VerifyRow]) -> Iterator[None]:
     # a base layer inside a patched layer is not called, and a hook on it would send that layer to its original code
-    checked = {name: module for name, module in modules.items() if not _is_base_of_another(name, modules)}
+    checked = {name: module for name, module in modules.items() if _is_checked(name, modules)}
     handles = [m.register_forward_hook(_check_of(name, rows), with_kwargs=True) for name, m in checked.items()]
     try:
         yield

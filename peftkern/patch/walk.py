@@ -26,7 +26,7 @@ class PatchError(RuntimeError):
     """`patch` or `unpatch` could not do what it was asked to; the model is as it was."""
 
 
-def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False, logits: bool = True) -> PatchReport:
     """Let the linear layers of ``model`` that are quantized or carry LoRA adapters run on fused kernels, in place.
 
     Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, bitsandbytes
@@ -38,6 +38,11 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
     What the fused product does not cover (DoRA and other variants, `adapter_names`, hooks on inner layers) runs the
     code that it ran before, and is named in the report or, when it depends on the call, logged and counted in the next
     report.
+
+    With ``logits=False``, causal language models of `transformers` that compute their loss from the logits of a dense
+    head and nothing else do so without them in training, when they are given labels: tokens without a label cost
+    nothing, and ``logits`` of the output is ``None``. Without labels, in evaluation mode, with ``logits_to_keep`` or
+    under ``torch.compile`` their own forward runs. A head with adapters keeps the logits, and the report says so.
 
     Where a backend has a form for it, layers that a block calls with one and the same tensor (queries, keys and values;
     the two halves of a gated block) are computed as one group, and the report says so. A block that does not ask for
@@ -51,6 +56,7 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
         kernels: ``"auto"``, or the name of the backend that must run every patched module.
         strict: raise when a LoRA layer over a linear layer, a bitsandbytes linear layer, or a layer with sparse deltas
             has to be left alone.
+        logits: whether language models give logits in training although they are given labels. Some trainers read them.
 
     Returns:
         A report with one row per module; ``str(report)`` groups the layers of a model.
@@ -65,7 +71,7 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False) -> P
         raise ValueError(f"patch: kernels must be 'auto' or one of {list(registry.PREFERENCE)}, got {kernels!r}")
     backend = None if kernels == "auto" else kernels
     try:
-        findings = examine(model, backend)
+        findings = examine(model, backend, logits)
     except registry.BackendError as error:
         raise PatchError(f"patch: kernels={kernels!r}: {error}; the model is unchanged") from error
     report = PatchReport(tuple(finding.row for finding in findings if finding.row is not None))

@@ -164,7 +164,9 @@ def check_objective(caller: str, objective: str, dropout: float) -> None:
 
 def _kl_gradients(model: nn.Module, sites: list[_Site], batch: Batch, dropout: float) -> tuple[dict[str, Tensor], int]:
     with _masked(model, sites, dropout) as masks:
-        first, second = (model(**batch).logits.float() for _ in range(2))
+        # with labels, a patched model in training gives no logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        first, second = (model(**inputs).logits.float() for _ in range(2))
         counted = batch.get("attention_mask")
         if counted is None or counted.shape != first.shape[:-1]:
             counted = first.new_ones(first.shape[:-1])

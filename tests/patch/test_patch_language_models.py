@@ -1,0 +1,412 @@
+"""Language models whose loss is computed without logits: which are taken, and that they train as before."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import importlib
+import inspect
+import pickle
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from patch_models import DEEP, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.models.llama import modeling_llama
+
+from peftkern.patch import language_model, unpatch, verify
+from peftkern.patch import patch as patch_all
+from peftkern.patch.language_model import LANGUAGE_MODELS, NO_LOGITS, Tail, tail_of
+from peftkern.select.flops import FlopCounter
+
+STEPS = 20
+
+patch = functools.partial(patch_all, logits=False)
+
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "cache", "inputs_embeds", "use_cache")
+_CROSS = ("encoder_hidden_states", "encoder_attention_mask")
+_SOFTCAP = """
+if self.config.final_logit_softcapping is not None:
+    logits = logits / self.config.final_logit_softcapping
+    logits = torch.tanh(logits)
+    logits = logits * self.config.final_logit_softcapping
+"""
+
+
+def class_of(module: str) -> Any:
+    return getattr(importlib.import_module(f"transformers.models.{module}"), LANGUAGE_MODELS[module].class_name)
+
+
+def expected_tail(tail: Tail) -> str:
+    """What follows the call of the base, in one spelling."""
+    others = ["cache", "hidden_states", "attentions"] + ["cross_attentions"] * (tail.output.endswith("CrossAttentions"))
+    fields = ", ".join(f"{name}=outputs.{name}" for name in others)
+    return f"""
+hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+logits = self.lm_head(hidden_states)
+{_SOFTCAP if tail.softcap else ""}
+loss = None
+if labels is not None:
+    loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+return {tail.output}(loss=loss, logits=logits, {fields})
+"""
+
+
+def in_one_spelling(statements: list[ast.stmt]) -> str:
+    source = ast.unparse(ast.Module(statements, []))
+    for old, new in (
+        ("transformer_outputs", "outputs"),
+        ("hidden_states = outputs.last_hidden_state\n", ""),
+        ("slice_logits_to_keep(hidden_states,", "slice_logits_to_keep(outputs.last_hidden_state,"),
+        (".contiguous()", ""),
+        ("logits=logits, labels=labels, ", "logits, labels, "),
+        ("vocab_size=", ""),
+        ("self.vocab_size", "self.config.vocab_size"),
+    ):
+        source = source.replace(old, new)
+    return source
+
+
+def run(model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one forward and backward; the gradients are cleared."""
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+def assert_same_run(model: nn.Module, batch: dict[str, Any], expected: Any, tolerance: float = DEEP) -> None:
+    """The model gives the loss and gradients of ``expected``, an earlier `run`."""
+    loss, gradients = run(model, batch)
+    assert loss.dtype == expected[0].dtype and error(loss, expected[0]) <= tolerance
+    assert gradients.keys() == expected[1].keys()
+    assert all(error(gradient, expected[1][name]) <= tolerance for name, gradient in gradients.items())
+
+
+def test_logits_stay_unless_they_are_renounced() -> None:
+    model = llama()
+    patch_all(model)
+    assert model(**text()).logits is not None
+    assert patch(model).rows[-1].kind == "LlamaForCausalLM"
+    assert model(**text()).logits is None
+    assert patch_all(model).rows[-1].kind == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("module", LANGUAGE_MODELS)
+def test_every_known_class_computes_what_is_said_of_it(module: str) -> None:
+    model_class, tail = class_of(module), LANGUAGE_MODELS[module]
+    function = ast.parse(textwrap.dedent(inspect.getsource(model_class.forward))).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    statements = [s for s in function.body if not isinstance(s, ast.Expr)]
+    first, rest = statements[0], statements[1:]
+    # outputs = self.base(argument=argument, ..., **kwargs)
+    assert isinstance(first, ast.Assign | ast.AnnAssign) and isinstance(first.value, ast.Call)
+    assert ast.unparse(first.value.func) == f"self.{tail.base}"
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in first.value.keywords}
+    given |= {ast.unparse(argument): ast.unparse(argument) for argument in first.value.args}
+    assert given.pop(None) == "kwargs"
+    assert all(name == value and name in _INPUTS + _CROSS for name, value in given.items())
+    taken = {argument.arg for argument in function.args.args} - {"self", "labels", "logits_to_keep"}
+    assert taken == set(given)
+    expected = in_one_spelling(ast.parse(expected_tail(tail)).body)
+    assert in_one_spelling(rest) == expected
+    assert tail_of(model_class) is tail
+
+
+# ---- the same training
+
+
+def tiny(model_class: Any, config: Any) -> Any:
+    torch.manual_seed(1)
+    return model_class(config).train()
+
+
+def gemma2() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "final_logit_softcapping": 0.5}
+    return tiny(Gemma2ForCausalLM, Gemma2Config(vocab_size=VOCABULARY, **sizes, **heads))
+
+
+def opt() -> Any:
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.0}
+    return tiny(OPTForCausalLM, OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, **sizes))
+
+
+def gpt_neox() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return tiny(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCABULARY, **sizes))
+
+
+def qwen2() -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return tiny(Qwen2ForCausalLM, Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=1, **sizes))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama,
+    "llama tied": lambda: llama(tied=True),
+    "llama under LoRA": lambda: lora(llama("bnb-nf4")),
+    "gpt2": lambda: gpt2().train(),
+    "gemma2": gemma2,
+    "opt": opt,
+    "gpt_neox": gpt_neox,
+    "qwen2": qwen2,
+}
+
+
+def masked_text(seed: int = 3) -> dict[str, Tensor]:
+    batch = text(2, 9, seed)
+    batch["labels"][0, :5] = -100
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return batch
+
+
+def train(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for step in range(STEPS):
+        loss = model(**masked_text(step)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_is_the_same(name: str) -> None:
+    model, other = MODELS[name](), MODELS[name]()
+    report = patch(model)
+    row = report.rows[-1]
+    assert (row.action, row.kernel) == ("fused", "linear_cross_entropy on cpu") and NO_LOGITS in row.reason
+    assert verify(model, masked_text()).ok
+    losses, expected = train(model), train(other)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] != losses[0]
+    assert not patch(model).rows[-1].calls_left
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"num_items_in_batch": torch.tensor(17)},
+        {"num_items_in_batch": 17},
+        {"shift_labels": masked_text(8)["labels"]},
+        {"ignore_index": 5},
+        {"output_hidden_states": True},
+        {"return_dict": True},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_arguments_of_the_loss_mean_what_they_meant(extra: dict[str, Any]) -> None:
+    model = llama()
+    batch = masked_text()
+    if "ignore_index" in extra:
+        batch["labels"][batch["labels"] == -100] = 5
+    expected, expected_output = run(model, {**batch, **extra}), model(**batch, **extra)
+    patch(model)
+    assert_same_run(model, {**batch, **extra}, expected)
+    output = model(**batch, **extra)
+    assert type(output) is type(expected_output)
+    assert [key for key in expected_output if key != "logits"] == list(output)
+    assert not patch(model).rows[-1].calls_left
+
+
+def test_positional_arguments() -> None:
+    model, batch = llama(), masked_text()
+    patch(model)
+    loss = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss
+    assert torch.equal(loss, model(**batch).loss)
+
+
+def test_what_needs_logits_is_bit_identical() -> None:
+    model, batch = gpt_neox(), masked_text()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+
+    def outputs() -> list[Tensor]:
+        trained = [
+            model(**inputs).logits,
+            model(**batch, logits_to_keep=9).logits,
+            model(**batch, return_dict=False)[1],
+        ]
+        model.eval()
+        evaluated = model(**batch)
+        model.train()
+        return [*trained, evaluated.loss, evaluated.logits]
+
+    expected = outputs()
+    patch(model)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(), expected, strict=True))
+    assert model(**batch).logits is None
+    assert patch(model).rows[-1].calls_left == {"it is to return a tuple": 1}
+
+
+def test_no_label_at_all_is_what_it_was() -> None:
+    model, batch = llama(), masked_text()
+    batch["labels"].fill_(-100)
+    assert model(**batch).loss.isnan() and model(**batch, num_items_in_batch=3).loss == 0.0
+    patch(model)
+    assert model(**batch).loss.isnan() and model(**batch, num_items_in_batch=3).loss == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    model = llama(dtype=dtype)
+    patch(model)
+    assert model(**masked_text()).loss.dtype == torch.float32
+    assert verify(model, masked_text()).ok
+
+
+def test_autocast() -> None:
+    model = lora(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(model, masked_text())
+        patch(model)
+        assert_same_run(model, masked_text(), expected, 5e-2)
+
+
+def test_checkpointing_accumulation_and_tied_weights() -> None:
+    model = llama(tied=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def accumulated() -> dict[str, Tensor]:
+        for seed in (1, 2):
+            (model(**masked_text(seed)).loss / 2).backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return gradients
+
+    expected = accumulated()
+    patch(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(error(gradient, expected[name]) <= DEEP for name, gradient in accumulated().items())
+
+
+def test_a_trainer_trains_as_before(tmp_path: Any) -> None:
+    """It looks at the signature of the forward, passes num_items_in_batch, and evaluates with logits."""
+
+    def losses(patched: bool) -> tuple[list[float], float]:
+        model = lora(llama())
+        if patched:
+            patch(model)
+        data = [{name: value[0] for name, value in masked_text(seed).items()} for seed in range(8)]
+        arguments = TrainingArguments(
+            str(tmp_path / str(patched)),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=4,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            label_names=["labels"],
+        )
+        trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return history, trainer.evaluate()["eval_loss"]
+
+    (ours, evaluated), (theirs, expected) = losses(True), losses(False)
+    assert ours == pytest.approx(theirs, rel=1e-4) and evaluated == pytest.approx(expected, rel=1e-5)
+
+
+def test_ignored_tokens_cost_no_product_in_the_head() -> None:
+    model, batch = llama(), text(2, 17)
+    patch(model)
+
+    def flops() -> float:
+        with FlopCounter() as counter:
+            model(**batch).loss.backward()
+        model.zero_grad()
+        return counter.total
+
+    everything = flops()
+    batch["labels"][:, 5:] = -100  # 4 of 16 predicted tokens remain in each row
+    head = 3 * 2 * 64 * VOCABULARY
+    assert everything - flops() == pytest.approx(2 * 12 * head, rel=0.02)
+
+
+# ---- what is left
+
+
+def reason_of(model: nn.Module) -> str:
+    [row] = [row for row in patch(model).rows if row.kind.endswith(("ForCausalLM", "LMHeadModel"))]
+    assert row.action == "left" and not row.wanted
+    return row.reason
+
+
+def test_heads_that_are_more_than_a_linear_layer_are_named() -> None:
+    assert "its head is a Linear, not a plain" in reason_of(lora(llama(), target_modules=["q_proj", "lm_head"]))
+    assert "ModulesToSaveWrapper" in reason_of(lora(llama(), modules_to_save=["lm_head"]))
+    hooked = llama()
+    hooked.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    assert "its head has hooks" in reason_of(hooked)
+
+
+def test_other_losses_and_forwards_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class DoubledForCausalLM(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    assert "no forward that is known" in reason_of(DoubledForCausalLM(llama_config()))
+    model = llama()
+    model.loss_function = lambda **kwargs: torch.zeros(())
+    assert "loss_function" in reason_of(model)
+    replaced = llama()
+    replaced.forward = replaced.forward
+    assert "replaced on the instance" in reason_of(replaced)
+    with monkeypatch.context() as context:
+        context.setattr(modeling_llama.LlamaForCausalLM, "forward", lambda self: None)
+        assert tail_of(modeling_llama.LlamaForCausalLM) is None
+
+
+def test_what_happens_later_runs_the_original() -> None:
+    model, batch = gpt_neox(), masked_text()
+    expected = model(**batch)
+    patch(model)
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: None)
+    output = model(**batch)
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+    handle.remove()
+    assert patch(model).rows[-1].calls_left == {"its head has hooks, which the loss would skip": 1}
+    assert model(**batch).logits is None
+
+
+def test_a_wrong_loss_is_seen_by_verify(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    patch(model)
+    real = language_model.linear_cross_entropy
+    monkeypatch.setattr(language_model, "linear_cross_entropy", lambda *args, **kw: 1.001 * real(*args, **kw))
+    assert not verify(model, masked_text()).ok
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_and_the_way_back(how: Any) -> None:
+    model = llama()
+    expected, before = run(model, masked_text()), type(model)
+    patch(model)
+    copied = how(model)
+    assert_same_run(copied, masked_text(), expected, TOLERANCE * 10)
+    for each in (copied, model):
+        assert type(each).__name__ == "LlamaForCausalLM" and type(each).__module__ == before.__module__
+        assert inspect.signature(each.forward) == inspect.signature(llama().forward)
+        assert unpatch(each) == 3
+        assert type(each) is before
+        assert torch.equal(run(each, masked_text())[0], expected[0])
