@@ -199,6 +199,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "loss-ignored",
+            "the loss tail of SmolLM2-135M's shape with 75% of the tokens ignored, beside all tokens",
+            "peftkern.bench.loss_tail:cases",
+            packages=(),
+        ),
+        Benchmark(
             "loss-parity",
             "the loss over 20 seeded training steps of SmolLM2-135M, fp32 at precision 'highest'",
             "peftkern.bench.loss:cases",
