@@ -26,6 +26,7 @@ NAMES = [
     "adamw",
     "select-top",
     "select-prediction",
+    "loss-ignored",
     "loss-parity",
 ]
 
