@@ -67,7 +67,8 @@ def load_task(folder: str) -> Task:
 
     data = docstring_data(TRAIN, HELD_OUT)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = FinetuneConfig(model=folder, data=str(data / TRAIN_FILE), eval_data=str(data / HELD_OUT_FILE), output="")
+    train, held_out = (str(data / name) for name in (TRAIN_FILE, HELD_OUT_FILE))
+    config = FinetuneConfig(model=folder, data=train, eval_data=held_out, output="-")  # writes nothing
     splits = load_splits(config, tokenizer, config.max_length)
     return Task(folder, splits.train, splits.held_out, PadRight(padding_token(tokenizer)))
 
