@@ -155,11 +155,13 @@ def _scale_tuple(parameter: Tensor, scale: Scale) -> tuple[tuple[float, int, int
 # ---- codes of 8-bit moments
 
 
-def _supports_moment(moment: Tensor, *_rest: Any) -> str | None:
-    return None if moment.device.type == "cpu" else f"tensors on {moment.device.type}"
+def _supports_codes(codes: Tensor, *_rest: Any) -> str | None:
+    if cpu.native is None:
+        return cpu.unavailable_reason()
+    return None if codes.device.type == "cpu" else f"tensors are on {codes.device}"
 
 
-@registry.register("encode_moment", "cpu", supports=_supports_moment)
+@registry.register("encode_moment", "cpu", supports=cpu.supports_values)
 def encode_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """See :func:`peftkern.ops.adamw.encode_moment`."""
     values = moment.resolve_neg().contiguous()
@@ -169,7 +171,7 @@ def encode_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     return codes, absmax
 
 
-@registry.register("decode_moment", "cpu", supports=_supports_moment)
+@registry.register("decode_moment", "cpu", supports=_supports_codes)
 def decode_moment(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """See :func:`peftkern.ops.adamw.decode_moment`."""
     values = torch.empty(codes.shape, dtype=torch.float32)

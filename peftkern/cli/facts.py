@@ -18,6 +18,7 @@ from peftkern.cli import gpu_facts
 from peftkern.finetune.versions import versions
 from peftkern.formats import SparseIndices, random_mask
 from peftkern.ops.adamw import coefficients_of, empty_moments
+from peftkern.ops.linear_cross_entropy import Needs, Terms
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
 from peftkern.ops.select_top import PASSES, Scored
@@ -119,6 +120,11 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = str(dtype).removeprefix("torch.")
         yield "silu_mul", text, partial(tuple, (gate, gate))
         yield "silu_mul_backward", text, partial(tuple, (gate, gate, gate, True, True))
+    labels = torch.zeros(_TOKENS, dtype=torch.int64)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, head = torch.zeros(_TOKENS, _FEATURES, dtype=dtype), torch.zeros(_FEATURES, _FEATURES, dtype=dtype)
+        loss = (hidden, head, None, labels, None, Terms(), Needs(True, False, False))
+        yield "linear_cross_entropy", f"frozen head, {str(dtype).removeprefix('torch.')}", partial(tuple, loss)
     yield from _training_calls()
 
 

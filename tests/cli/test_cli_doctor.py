@@ -101,7 +101,9 @@ def test_a_missing_native_module_is_loud_and_usable(command: Command, monkeypatc
     assert result.output.startswith(" WARNING ")
     assert "no compiler was found" in result.output
     assert found["cpu"]["native_module"] is False
-    assert {row["backend"] for row in found["operations"]} == {"reference"}
+    # the loss is made of PyTorch's own products and needs no native module
+    others = [row for row in found["operations"] if row["operation"] != "linear_cross_entropy"]
+    assert {row["backend"] for row in others} == {"reference"}
 
 
 def test_what_cannot_run_is_said_and_fails(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
