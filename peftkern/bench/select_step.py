@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftkern.bench import memory, peers, smollm2
 from peftkern.bench.case import Case, Effort, Measurement, measure, seconds_of
 from peftkern.bench.result import Quantity
-from peftkern.bench.step import EFFORT, TOLERANCE
+from peftkern.bench.step import TOLERANCE
 from peftkern.select import GreenTrainer, Selection
 
+EFFORT = Effort(minimum_pairs=5, maximum_pairs=9, seconds=25.0)
 INTERVAL = 100  # updates
 SECONDS_ALLOWED = {0.6: 0.65, 0.75: 0.80}
 FLOPS_ALLOWED = {0.4: 0.55, 0.5: 0.62, 0.7: 0.78}
