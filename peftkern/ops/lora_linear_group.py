@@ -219,7 +219,10 @@ class _LoraLinearGroup(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         shape, backend = ctx.options
-        x, members, h = _saved(ctx, next(grad for grad in grads if grad is not None))
+        known = next((grad for grad in grads if grad is not None), None)
+        if known is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, members, h = _saved(ctx, known)
         need_x, need_bias, need_lora = _needs(ctx, members)
         parts = [None if grad is None else as_matrix(grad.resolve_neg()) for grad in grads]
         biases = [

@@ -283,11 +283,11 @@ def test_nothing_of_the_size_of_the_weight_is_allocated(backend: str) -> None:
     assert 0 < max(allocations(forward_and_backward)) <= largest < features * features * 4
 
 
-@pytest.mark.parametrize("wanted", ["x", "values", "A"])
+@pytest.mark.parametrize("wanted", ["x", "values", "A", "B"])
 def test_backward_keeps_x_once_and_no_copy(wanted: str) -> None:
     problem = make_problem((64, 128, 96), deltas=2, rank=4)
     x, values, lora_A = problem.x, problem.values, problem.lora_A
-    {"x": x, "values": values[0], "A": lora_A[0]}[wanted].requires_grad_()
+    {"x": x, "values": values[0], "A": lora_A[0], "B": problem.lora_B[0]}[wanted].requires_grad_()
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -297,9 +297,10 @@ def test_backward_keeps_x_once_and_no_copy(wanted: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         lora = (lora_A, problem.lora_B)
         ops.sparse_delta_linear(x, problem.weight, values, problem.indices, 1.0, *lora)
-    assert [tensor.data_ptr() for tensor in saved].count(x.data_ptr()) == (0 if wanted == "x" else 1)
+    assert [tensor.data_ptr() for tensor in saved].count(x.data_ptr()) == (1 if wanted in ("values", "A") else 0)
     known = {tensor.data_ptr() for tensor in (x, *values, *lora_A, *problem.lora_B)}
-    assert sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known) == 64 * 4 * 4  # h
+    inner = 64 * 4 * 4 if wanted == "B" else 0  # h
+    assert sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in known) == inner
 
 
 # ---- layouts
