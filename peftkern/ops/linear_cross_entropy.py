@@ -29,7 +29,6 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from peftkern.backends import registry
 from peftkern.formats import QuantizedTensor
@@ -465,9 +464,11 @@ def _operator_backward(ctx: Any, grad: Tensor | None, *_grads: Any) -> tuple[Ten
 _operator.register_autograd(_operator_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.peftkern.linear_cross_entropy, get_raw=True)
-def _flops(*arguments: Any, out_val: Any = None, **_kwargs: Any) -> int:
-    """Of the products with the tokens that have a label; with all of them where their labels are not known."""
+def operator_flops(*arguments: Any, out_val: Any = None, **_kwargs: Any) -> int:
+    """FLOPs of the operator's products with the tokens that have a label; with all of them where those are not known.
+
+    `peftkern.select.flops` enters it in PyTorch's table, which importing would import Triton.
+    """
     (_hidden, weight, _bias, labels, _weights), terms, needs, *_ = _unflatten(arguments)
     tokens: int = labels.numel()
     if type(labels) is Tensor and not labels.is_meta:

@@ -25,9 +25,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from peftkern.ops.linear_cross_entropy import operator_flops
 
 logger = logging.getLogger("peftkern")
+
+register_flop_formula(torch.ops.peftkern.linear_cross_entropy, get_raw=True)(operator_flops)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import peftkern.select.flops  # noqa: F401  enters the operator's formula in PyTorch's table
 from peftkern.backends import chunked_loss
 from peftkern.formats import QuantizedTensor
 from peftkern.ops import dequantize, label_logprobs, linear_cross_entropy, quantize
