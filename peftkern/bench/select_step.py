@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from peftkern.bench import memory, peers, smollm2
 from peftkern.bench.case import Case, Effort, Measurement, measure, seconds_of
 from peftkern.bench.result import Quantity
 from peftkern.bench.step import TOLERANCE
 from peftkern.select import GreenTrainer, Selection
+from peftkern.select.flops import FlopCounter
 
 EFFORT = Effort(minimum_pairs=5, maximum_pairs=9, seconds=25.0)
 INTERVAL = 100  # updates
@@ -111,17 +111,16 @@ def flops_cases() -> Iterator[Measurement]:
     with smollm2.checkpoint() as checkpoint:
         for rho, allowed in FLOPS_ALLOWED.items():
             pair = _dense(checkpoint, GreenTrainer(rho, INTERVAL))
+            yield from _timed(pair, f"rho {rho} of FLOPs", allowed)
             counted = counted_flops(pair.green, pair.ids) / counted_flops(pair.full, pair.ids)
             yield _share_row(pair.text(f"rho {rho} of FLOPs: FLOPs of the full step, counted"), [counted], rho)
-            yield from _timed(pair, f"rho {rho} of FLOPs", allowed)
 
 
-def counted_flops(loop: smollm2.Loop, ids: Tensor) -> int:
-    """FLOPs of a step's products and attention, as PyTorch counts them while it runs."""
-    with FlopCounterMode(display=False) as counter:
-        loop.step(ids)
-    flops: int = counter.get_total_flops()
-    return flops
+def counted_flops(loop: smollm2.Loop, ids: Tensor) -> float:
+    """FLOPs of a step's forward and backward pass, counted operator by operator while they run."""
+    with FlopCounter() as counter:
+        loop.loss_and_gradients(ids)
+    return float(counter.total)
 
 
 def lora_cases() -> Iterator[Measurement]:
