@@ -93,9 +93,13 @@ def _share_row(text: str, shares: Sequence[float], allowed: float) -> Measuremen
 
 
 def _timed(pair: Pair, text: str, allowed: float) -> Iterator[Measurement]:
+    """The step, and its share of the full one: alone, and with all that the first choice takes in one interval."""
     seconds = measure(pair.case(f"{text}: step | full step"))
     yield seconds
-    yield _share_row(pair.text(f"{text}: seconds of the full step, choosing included"), pair.shares(seconds), allowed)
+    alone = [ours / full for ours, full in zip(seconds.ours, seconds.peer, strict=True)]
+    yield _share_row(pair.text(f"{text}: seconds of the full step"), alone, allowed)
+    choosing = f"{text}: the same, first choice and finding the costs included"
+    yield _share_row(pair.text(choosing), pair.shares(seconds), allowed)
 
 
 def seconds_cases() -> Iterator[Measurement]:
