@@ -6,7 +6,7 @@ import copy
 import gc
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -477,6 +477,16 @@ def matrices_alive() -> int:
     return len(found)
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """The collector passes over what other tests have left, which takes minutes to look through again and again."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "torch AdamW", "torch SGD, momentum"])
 def test_there_is_no_second_copy_of_weights_or_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_step, "_PIECE", 256)
