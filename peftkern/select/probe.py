@@ -38,6 +38,7 @@ from peftkern.ops.importance import importance_dot, probe_dot
 from peftkern.select.method import logger
 from peftkern.select.probe_step import ProbeStep, put_back
 from peftkern.select.sample import sample_batch
+from peftkern.select.trace import gradients_put_aside, model_loss
 
 KINDS = ("update", "first_order", "fisher", "gradient_norm", "weight_change")
 """Importances that `probe` measures."""
@@ -138,13 +139,6 @@ def _part(model: nn.Module, batch: Any, sample: float, seed: int) -> Any:
     return batch
 
 
-def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
-    value = getattr(model(**batch), "loss", None)
-    if not isinstance(value, Tensor):
-        raise ValueError("probe: model(**batch) gave no loss; put labels into the batch, or pass a function as loss")
-    return value
-
-
 # ---- importances without a gradient
 
 
@@ -189,7 +183,7 @@ def _by_gradients(
 
     def run() -> None:
         with _same_random_numbers(devices), torch.enable_grad():
-            (loss or _loss_of_model)(model, batch).backward()  # type: ignore[no-untyped-call]
+            (loss or model_loss)(model, batch).backward()  # type: ignore[no-untyped-call]
 
     with _undisturbed(model, parameters.values()):
         values = _values(kind, run, parameters.values(), step)
@@ -285,17 +279,15 @@ def _to_floats(values: Values, parameters: Iterable[nn.Parameter]) -> list[float
 def _undisturbed(model: nn.Module, probed: Iterable[nn.Parameter]) -> Iterator[None]:
     """Of the model's parameters only ``probed`` require a gradient, and all have none, for a while."""
     chosen = {id(parameter) for parameter in probed}
-    asked = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    with _same_buffers(model):
+    asked = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with _same_buffers(model), gradients_put_aside(model):
         try:
-            for parameter, _, _ in asked:
-                parameter.grad = None
+            for parameter, _ in asked:
                 parameter.requires_grad_(id(parameter) in chosen)
             yield
         finally:
-            for parameter, wanted, gradient in asked:
+            for parameter, wanted in asked:
                 parameter.requires_grad_(wanted)
-                parameter.grad = gradient
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ The update of a tensor is timed on another one of its size in an optimizer of th
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import statistics
@@ -26,7 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.select.cost_graph import CostGraph
-from peftkern.select.trace import Batch, Loss, Trace, asking, left_alone, model_loss, trace, without_hooks
+from peftkern.select.trace import (
+    Batch,
+    Loss,
+    Trace,
+    asking,
+    gradients_put_aside,
+    left_alone,
+    model_loss,
+    trace,
+    without_hooks,
+)
 
 logger = logging.getLogger("peftkern")
 
@@ -64,7 +73,7 @@ def measure(
         raise ValueError(f"measure: repeats must be at least 1, got {repeats}")
     loss = loss or model_loss
     device = next(model.parameters()).device
-    with left_alone(model), _gradients_put_aside(model):
+    with left_alone(model), gradients_put_aside(model):
         timed = _with_costs(graph, *_operator_seconds(model, batch, names, loss, repeats, device))
         least = [timed.smallest()[0]]
         full_seconds, least_seconds = _step_seconds(model, batch, (names, least), loss, repeats, device)
@@ -201,18 +210,6 @@ def _seconds_of(function: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
-
-
-@contextlib.contextmanager
-def _gradients_put_aside(model: nn.Module) -> Iterator[None]:
-    held = [(parameter, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in held:
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, gradient in held:
-            parameter.grad = gradient
 
 
 # ---- the optimizer

@@ -84,7 +84,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
-        raise ValueError("loss: the model returns no loss for this batch; give it labels, or pass loss=")
+        raise ValueError("model(**batch) gave no loss for this batch; give it labels, or pass a function as loss")
     return loss
 
 
@@ -125,6 +125,19 @@ def asking(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     finally:
         for parameter, required in before:
             parameter.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def gradients_put_aside(model: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient at the start of the with block; afterwards each has its own again."""
+    held = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in held:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in held:
+            parameter.grad = gradient
 
 
 _STATISTICS = 1 << 16
