@@ -464,13 +464,17 @@ def _operator_backward(ctx: Any, grad: Tensor | None, *_grads: Any) -> tuple[Ten
 _operator.register_autograd(_operator_backward, setup_context=_setup_context)
 
 
+def labelled_tokens(labels: Tensor, ignore_index: int) -> int:
+    """How many tokens have a label; all of them where that cannot be read."""
+    readable = type(labels) is Tensor and not labels.is_meta
+    return int((labels != ignore_index).sum()) if readable else labels.numel()
+
+
 def operator_flops(*arguments: Any, out_val: Any = None, **_kwargs: Any) -> int:
-    """FLOPs of the operator's products with the tokens that have a label; with all of them where those are not known.
+    """FLOPs of the operator's products, those that make gradients included.
 
     `peftkern.select.flops` enters it in PyTorch's table, which importing would import Triton.
     """
     (_hidden, weight, _bias, labels, _weights), terms, needs, *_ = _unflatten(arguments)
-    tokens: int = labels.numel()
-    if type(labels) is Tensor and not labels.is_meta:
-        tokens = int((labels != terms.ignore_index).sum())
-    return 2 * tokens * int(weight.numel()) * (1 + needs.hidden + needs.weight)
+    products = 1 + needs.hidden + needs.weight
+    return 2 * labelled_tokens(labels, terms.ignore_index) * int(weight.numel()) * products

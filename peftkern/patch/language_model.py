@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
 from peftkern.patch.arguments import has_global_hooks, has_own_forward, is_hooked
-from peftkern.patch.weights import NotFused, original_class
+from peftkern.patch.weights import KNOWN_TENSORS, NotFused, original_class
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def check_head(model: Any) -> None:
         raise NotFused(f"its head is a {original_class(type(head)).__qualname__}, not a plain linear layer")
     if is_hooked(head) or has_global_hooks():
         raise NotFused("its head has hooks, which the loss would skip")
-    if type(head.weight) not in (Tensor, nn.Parameter):
+    if type(head.weight) not in KNOWN_TENSORS:
         raise NotFused(f"the weight of its head is a {type(head.weight).__name__}")
     if head.out_features != model.config.vocab_size:
         raise NotFused(f"its head has {head.out_features} rows for a vocabulary of {model.config.vocab_size}")

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from peftkern.ops.linear_cross_entropy import operator_flops
+from peftkern.ops.linear_cross_entropy import labelled_tokens, operator_flops
 
 logger = logging.getLogger("peftkern")
 
@@ -329,6 +329,14 @@ def _silu_mul_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
     return [Part(2 * _largest(arguments["gate"]), outputs) for outputs in wanted if outputs]
 
 
+def _linear_cross_entropy(arguments: Mapping[str, Any], _out: Any) -> Parts:
+    """The scores, and a product for each gradient that is made of them right away."""
+    tokens = labelled_tokens(arguments["labels"], arguments["ignore_index"])
+    product = 2.0 * tokens * arguments["weight"].numel()
+    wanted = [(index,) for index, name in ((1, "need_hidden"), (2, "need_weight")) if arguments[name]]
+    return [Part(product), *(Part(product, outputs) for outputs in wanted)]
+
+
 _FORMULAS: Mapping[str, Formula] = {
     "aten::native_layer_norm_backward": _norm_backward,
     "aten::_fused_rms_norm_backward": _norm_backward,
@@ -354,6 +362,7 @@ _FORMULAS: Mapping[str, Formula] = {
     "peftkern::lora_linear_group_backward": _group_backward,
     "peftkern::sparse_delta": _sparse_delta,
     "peftkern::sparse_delta_backward": _sparse_delta_backward,
+    "peftkern::linear_cross_entropy": _linear_cross_entropy,
     "peftkern::silu_mul": _silu_mul,
     "peftkern::silu_mul_backward": _silu_mul_backward,
 }

@@ -9,13 +9,14 @@ of work has the set of tensors of which at least one must be trained for it to b
 
 That holds for any graph, with branches, residual connections and tensors that are used twice. Sums of gradients that
 reach a node from several sides belong to the node. What gradient checkpointing computes again belongs to all tensors
-below the nodes of its region that need something saved.
+below the nodes of its region that need something saved. Gradients that an operator of the forward pass makes already
+(`linear_cross_entropy`) are charged where the backward pass reads them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,15 +65,13 @@ class Trace:
     Attributes:
         names: of the tensors that can be trained.
         order: their indices in the order in which gradients were computed; those without one at the end.
-        forward_flops: of the forward pass.
-        forward_calls: how many operators ran in it.
-        charges: of the backward pass.
+        forward_flops: of the forward pass, without the gradients that it makes already.
+        charges: of the backward pass, and of those gradients.
     """
 
     names: tuple[str, ...]
     order: list[int] = field(default_factory=list)
     forward_flops: float = 0.0
-    forward_calls: int = 0
     charges: list[Charge] = field(default_factory=list)
 
 
@@ -271,6 +270,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.window: _Window | None = None
         self.sums: dict[int, list[Charge]] = {}  # of gradients that were added up, by their memory
         self.again: list[tuple[Any, Charge]] = []  # what was computed again, by region
+        self.made: dict[int, list[Charge]] = {}  # of gradients that the forward pass has made, by their memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -299,13 +299,17 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- forward
 
     def _note_forward(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        self.trace.forward_flops += sum(part.flops for part in parts_of(func, args, kwargs, out))
+        tensors = _tensors(out)
+        for part, charge in self._parts(func, args, kwargs, out):
+            if part.outputs is None:
+                self.trace.forward_flops += part.flops
+            for index in part.outputs or ():
+                self.made.setdefault(_memory(tensors[index]), []).append(charge)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
         # the first operator behind a node's number is the node's own
         self.regions.setdefault(torch._C._autograd._get_sequence_nr() - 1, None if hooks is None else hooks[0])
 
     def end_forward(self) -> None:
-        self.trace.forward_calls = self.calls
         self.note = self._note_backward
 
     # ---- backward
@@ -329,7 +333,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter(self, node: _Node) -> Callable[[Any], None]:
         def enter(gradients: Sequence[Tensor | None]) -> None:
             self._charge_sums(gradients, node.tensors)
-            self.window = _Window(node)
+            self.window = _Window(node, self.made)
 
         return enter
 
@@ -368,15 +372,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Window:
-    """What happens inside of one node: which operators feed which."""
+    """What happens inside of one node: which operators feed which.
 
-    def __init__(self, node: _Node) -> None:
+    Args:
+        node: whose backward pass runs.
+        made: charges of what has been made for it before, by memory; what is read is taken out.
+    """
+
+    def __init__(self, node: _Node, made: dict[int, list[Charge]]) -> None:
         self.node = node
+        self.made = made
         self.parts: list[Charge] = []
         self.sources: dict[int, int] = {}  # bit set of `parts` that made what lies in a memory
 
     def note(self, func: Any, parts: list[tuple[Part, Charge]], given: Any, out: Any) -> None:
         read = _memory_of(given)
+        self._take(read)
         before = _union(self.sources.get(key, 0) for key in read)
         first = len(self.parts)
         self.parts += [charge for _part, charge in parts]
@@ -394,8 +405,15 @@ class _Window:
             for tensor in _written(func, given):
                 self.sources[_memory(tensor)] = everything
 
+    def _take(self, read: Iterable[int]) -> None:
+        for key in read:
+            for charge in self.made.pop(key, []):
+                self.sources[key] = self.sources.get(key, 0) | 1 << len(self.parts)
+                self.parts.append(charge)
+
     def charges(self, gradients: Sequence[Tensor | None]) -> list[Charge]:
         """Each part of the work, charged to the tensors below the edges whose gradients it went into."""
+        self._take(_memory_of(gradients))
         owners = [0] * len(self.parts)
         for edge, gradient in zip(self.node.edges, gradients, strict=True):
             sources = 0 if gradient is None else self.sources.get(_memory(gradient), 0)

@@ -62,6 +62,18 @@ def lora(base: nn.Module, *, patched: bool = True, **options: Any) -> Any:
     return model
 
 
+def without_logits(**changes: Any) -> Any:
+    model = llama(**changes)
+    peftkern.patch(model, strict=True, logits=False)
+    return model
+
+
+def half_labelled() -> Batch:
+    batch = text()
+    batch["labels"][:, ::2] = -100
+    return batch
+
+
 def sparse_deltas() -> Any:
     model = on_nf4(llama(hidden_size=64))
     for parameter in model.parameters():
@@ -87,6 +99,8 @@ def masked() -> Any:
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], Batch]]] = {
     "llama": (lambda: llama(tie_word_embeddings=False), text),
     "llama-tied": (llama, text),
+    "llama-without-logits": (lambda: without_logits(tie_word_embeddings=False), half_labelled),
+    "llama-tied-without-logits": (without_logits, half_labelled),
     "gpt2": (lambda: build(transformers.GPT2LMHeadModel, transformers.GPT2Config, **GPT2), text),
     "opt": (lambda: build(transformers.OPTForCausalLM, transformers.OPTConfig, **OPT), text),
     "bloom": (lambda: build(transformers.BloomForCausalLM, transformers.BloomConfig, n_layer=2, n_head=4), text),
