@@ -26,8 +26,9 @@ $(VENV)/installed: $(SOURCES)
 demo: install
 	$(BIN)/peftkern demo --output demo-output
 
+# Two processes, each with threads of its own, which must not spin while the other's work.
 test: check execute
-	$(BIN)/pytest tests
+	OMP_WAIT_POLICY=passive $(BIN)/pytest tests -n 2 --dist loadfile
 
 # Every GPU kernel, on the GPU or, without one, on the CPU.
 execute: install

@@ -27,8 +27,8 @@ from peftkern.select.solver import solve
 from peftkern.select.timing import measure
 
 _PROBED = tuple(kind for kind in KINDS if kind != "weight_change")  # what a batch and an optimizer are enough for
-_TIMED = 2
-"""How many times passes are timed for a budget in seconds: about five steps, which the first interval has to earn."""
+TIMED = 1
+"""How many times steps are timed for a budget in seconds: about three in all, which the first interval has to earn."""
 
 
 class GreenTrainer(Policy):
@@ -138,5 +138,5 @@ class GreenTrainer(Policy):
             return {"flops": flops}
         return {
             "flops": flops,
-            "seconds": measure(model, batch, flops, self.started(), loss=self._loss, repeats=_TIMED),
+            "seconds": measure(model, batch, flops, self.started(), loss=self._loss, repeats=TIMED),
         }

@@ -2,10 +2,11 @@
 
     step(S) = c + a · Σ seconds of the operators that S needs + Σ seconds of the updates of S
 
-Every operator of a real forward and backward pass is timed, and charged as in :mod:`peftkern.select.trace`. Timed one
-by one they leave out what lies between them, and memory that is kept, freed and paged in anew. So whole steps are timed
-as well, with everything trained and with the least; a and c follow from the two. What a forward pass takes longer
-because it keeps more for the backward pass is in a, what every step takes is in c.
+Every operator of a real forward and backward pass is timed, and charged as in :mod:`peftkern.select.trace`; those that
+do the same with the same shapes count alike. Timed one by one they leave out what lies between them, and memory that is
+kept, freed and paged in anew. So whole steps are timed as well, with everything trained and with the least; a and c
+follow from the two. What a forward pass takes longer because it keeps more for the backward pass is in a, what every
+step takes is in c.
 
 The update of a tensor is timed on another one of its size in an optimizer of the same kind.
 """
@@ -17,7 +18,7 @@ import logging
 import statistics
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def measure(
 ) -> CostGraph:
     """The costs of a training step of ``model`` in seconds, of the segments and tensors of ``graph``.
 
-    Takes as long as about ``2.5 * repeats`` steps. Parameters, their gradients, buffers, the optimizer and random
+    Takes as long as about ``1 + 1.5 * repeats`` steps. Parameters, their gradients, buffers, the optimizer and random
     number generators are afterwards as before.
 
     Args:
@@ -60,7 +61,8 @@ def measure(
         graph: that `record` gave for this model.
         optimizer: whose updates are counted as well; ``None``: none are.
         loss: as for `record`.
-        repeats: how many times everything is timed; medians are taken.
+        repeats: how many times whole steps and updates are timed; medians are taken. Operators are timed in one
+            pass: of them only the shares count.
 
     Raises:
         ValueError: ``repeats`` is below 1, or the graph is of other tensors; and as `record` does.
@@ -74,7 +76,7 @@ def measure(
     loss = loss or model_loss
     device = next(model.parameters()).device
     with left_alone(model), gradients_put_aside(model):
-        timed = _with_costs(graph, *_operator_seconds(model, batch, names, loss, repeats, device))
+        timed = _with_costs(graph, *_operator_seconds(model, batch, names, loss, device))
         least = [timed.smallest()[0]]
         full_seconds, least_seconds = _step_seconds(model, batch, (names, least), loss, repeats, device)
     scale, constant = _fit(timed, least, full_seconds, least_seconds)
@@ -106,13 +108,15 @@ class _Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
+        self._kinds: list[Hashable] = []
         self._begin: Any = None
 
     def start(self) -> None:
         self._begin = self._now()
 
-    def stop(self) -> None:
+    def stop(self, kind: Hashable) -> None:
         self._spans.append((self._begin, self._now()))
+        self._kinds.append(kind)
 
     def _now(self) -> Any:
         if not self._on_gpu:
@@ -122,6 +126,14 @@ class _Stopwatch:
         return event
 
     def seconds(self) -> list[float]:
+        """Of each operator the median of its kind: layers are alike, and what disturbs one pass hits few of them."""
+        spans: dict[Hashable, list[float]] = defaultdict(list)
+        for kind, span in zip(self._kinds, self._span_seconds(), strict=True):
+            spans[kind].append(span)
+        medians = {kind: statistics.median(each) for kind, each in spans.items()}
+        return [medians[kind] for kind in self._kinds]
+
+    def _span_seconds(self) -> list[float]:
         if not self._on_gpu:
             return [end - begin for begin, end in self._spans]
         torch.cuda.synchronize()
@@ -129,18 +141,13 @@ class _Stopwatch:
 
 
 def _operator_seconds(
-    model: nn.Module, batch: Batch, names: Sequence[str], loss: Loss, repeats: int, device: torch.device
+    model: nn.Module, batch: Batch, names: Sequence[str], loss: Loss, device: torch.device
 ) -> tuple[Trace, list[float]]:
     """What was watched, and the seconds of each of its charges."""
-    passes = []
-    for _ in range(repeats):
-        stopwatch = _Stopwatch(device)
-        seen = trace(model, batch, names, loss, stopwatch)
-        passes.append((seen, stopwatch.seconds()))
-    seen = passes[-1][0]
-    # a model that draws random numbers may take another way each time
-    alike = [seconds for other, seconds in passes if other.charges == seen.charges]
-    return seen, [charge.share * statistics.median(s[charge.call] for s in alike) for charge in seen.charges]
+    stopwatch = _Stopwatch(device)
+    seen = trace(model, batch, names, loss, stopwatch)
+    seconds = stopwatch.seconds()
+    return seen, [charge.share * seconds[charge.call] for charge in seen.charges]
 
 
 def _with_costs(graph: CostGraph, seen: Trace, costs: Sequence[float]) -> CostGraph:

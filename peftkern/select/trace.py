@@ -16,7 +16,7 @@ below the nodes of its region that need something saved. Gradients that an opera
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,8 +36,8 @@ class Meter(Protocol):
     """Measures each operator, beside what is counted."""
 
     def start(self) -> None: ...
-    def stop(self) -> None:
-        """The operator that began at the last `start` has ended."""
+    def stop(self, kind: Hashable) -> None:
+        """The operator that began at the last `start` has ended; ``kind``: what it is, and of which shapes."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.meter.start()
         out = func(*args, **kwargs)
         if self.meter is not None:
-            self.meter.stop()
+            self.meter.stop((func, *(tensor.shape for tensor in _tensors((args, kwargs)))))
         if _tensors(out):  # others ask a tensor for its device or shape
             self.note(func, args, kwargs, out)
         self.calls += 1

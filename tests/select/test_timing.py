@@ -144,3 +144,13 @@ def test_a_graph_of_another_model_is_refused() -> None:
         measure(nn.Linear(2, 2), {"x": torch.ones(1, 2)}, graph)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         measure(llama(), text(), graph, repeats=0)
+
+
+def test_operators_that_do_the_same_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = iter([1.0, 3.0, 2.0, 5.0])
+    monkeypatch.setattr(timing._Stopwatch, "_span_seconds", lambda _self: list(spans))
+    stopwatch = timing._Stopwatch(torch.device("cpu"))
+    for kind in ("product", "product", "product", "sum"):
+        stopwatch.start()
+        stopwatch.stop(kind)
+    assert stopwatch.seconds() == [2.0, 2.0, 2.0, 5.0]
