@@ -181,6 +181,16 @@ def _weight_tuple(weight: Weight, exact_int8: bool = False) -> tuple[tuple[Any, 
     return (*head, *block, *tail), [packed, scales, book, scale_book, absmax]
 
 
+def _as_it_lies(weight: Weight, mask: BitMask | None) -> Tensor | None:
+    """The transpose of a dense weight that is itself a transposed view, as GPT-2's ``Conv1D`` is handed over.
+
+    The product reads it along its other dimension then, and nothing is copied. A mask only lies along the weight.
+    """
+    if mask is not None or not isinstance(weight, Tensor) or weight.stride(-1) == 1:
+        return None
+    return weight.t() if weight.stride(0) == 1 else None
+
+
 def _mask_tuple(mask: BitMask | None) -> tuple[int, int]:
     return _NO_MASK if mask is None else (mask.bits.data_ptr(), mask.bits.shape[1])
 
@@ -369,16 +379,18 @@ def _forward(
     h = x.new_empty(x.shape[0], splits[-1].stop if splits else 0, dtype=torch.float32)
     if x.shape[0] == 0:
         return y, h
+    turned = _as_it_lies(weight, mask)
     low_rank, alive = [], []
     for index, columns in enumerate(splits):
-        lora_A, lora_B = _float32(adapters.lora_A[index]), _float32(adapters.lora_B[index])
+        lora_A = _float32(adapters.lora_A[index])
+        lora_B = _float32(adapters.lora_B[index] if turned is None else adapters.lora_B[index].t())
         _product(x, _dense_tuple(lora_A), h[:, columns], dropout=masks[index], alpha=adapters.scaling[index])
         low_rank.append((h[:, columns].data_ptr(), _row_stride(h), *_factor(lora_B, lora_A.shape[0]), _NO_DROPOUT))
         alive.append(lora_B)
-    weight_tuple, weight_alive = _weight_tuple(weight)
+    weight_tuple, weight_alive = _weight_tuple(weight if turned is None else turned)
+    options: dict[str, Any] = {"low_rank": low_rank, "precision": product_precision(x.dtype, chosen_isa())}
     bias = None if bias is None else _float32(bias)
-    precision = product_precision(x.dtype, chosen_isa())
-    _product(x, weight_tuple, y, mask=mask, low_rank=low_rank, bias=bias, precision=precision)
+    _product(x, weight_tuple, y, mask=mask, transposed=turned is not None, bias=bias, **options)
     del alive, weight_alive
     return y, h
 
@@ -455,15 +467,15 @@ def _inner_gradients(grad: Tensor, adapters: Adapters) -> Tensor:
 
 def _input_gradient(grad: Tensor, weight: Weight, mask: BitMask | None, adapters: Adapters, g: Tensor) -> Tensor:
     grad_x = _new(grad, grad.shape[0], weight.shape[1])
-    factors = [_float32(lora_A) for lora_A in adapters.lora_A]
+    turned = _as_it_lies(weight, mask)
+    factors = [_float32(lora_A if turned is None else lora_A.t()) for lora_A in adapters.lora_A]
     low_rank = [
-        (g[:, columns].data_ptr(), _row_stride(g), *_factor(lora_A, lora_A.shape[0]), mask)
-        for columns, lora_A, mask in zip(adapters.splits(), factors, _dropout_tuples(adapters), strict=True)
+        (g[:, columns].data_ptr(), _row_stride(g), *_factor(factor, columns.stop - columns.start), dropped)
+        for columns, factor, dropped in zip(adapters.splits(), factors, _dropout_tuples(adapters), strict=True)
     ]
-    weight_tuple, weight_alive = _weight_tuple(weight)
-    precision = product_precision(grad.dtype, chosen_isa())
-    options: dict[str, Any] = {"low_rank": low_rank, "precision": precision}
-    _product(grad, weight_tuple, grad_x, mask=mask, transposed=True, **options)
+    weight_tuple, weight_alive = _weight_tuple(weight if turned is None else turned)
+    options: dict[str, Any] = {"low_rank": low_rank, "precision": product_precision(grad.dtype, chosen_isa())}
+    _product(grad, weight_tuple, grad_x, mask=mask, transposed=turned is None, **options)
     del weight_alive
     return grad_x
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.nn import QuantizedLinear
+from peftkern.patch.experts import holds_packed_experts
 
 logger = logging.getLogger("peftkern")
 
@@ -37,6 +38,8 @@ def select_linears(model: nn.Module, skip_modules: Sequence[str] | None) -> Sele
     heads = head_ids(model) if skip_modules is None else set()
     tied, adapters, kept_dense = _tied_ids(model), adapter_ids(model), _float32_names(model)
     for name, module in model.named_modules():
+        if holds_packed_experts(module):
+            selection.skipped[name] = "packed experts, which only exist dense"
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         if isinstance(module, QuantizedLinear):

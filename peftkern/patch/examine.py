@@ -25,6 +25,7 @@ from peftkern.patch.arguments import (
     with_adapters,
     with_deltas,
 )
+from peftkern.patch.experts import holds_packed_experts
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
@@ -32,8 +33,10 @@ from peftkern.patch.report import PatchRow
 from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
 
-_NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention", "ParamWrapper")
+_NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention")
 """Classes of `peft.tuners.lora.layer` that adapt something else than a linear layer."""
+
+ON_A_PARAMETER = "LoRA on a parameter (target_parameters): PEFT adds it to the whole weight in every call"
 
 OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do that), in front of its class"
 
@@ -109,6 +112,10 @@ def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
             yield _gated_finding(name, module, setting)
         elif isinstance(module, nn.Linear):
             yield _plain_finding(name, module, setting)
+        elif _is_a(module, "transformers.pytorch_utils", "Conv1D"):
+            yield Finding(name, module, _left(name, module, "dense, no adapter"))
+        elif holds_packed_experts(module):
+            yield Finding(name, module, _left(name, module, "packed experts, no adapter"))
 
 
 def _language_models(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
@@ -283,6 +290,8 @@ def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
         return Finding(name, layer, _left(name, layer, "an adapter of another kind than LoRA"))
     if _is_a(layer, "peft.tuners.lora.layer", *_NOT_LINEAR):
         return Finding(name, layer, _left(name, layer, "LoRA on something else than a linear layer"))
+    if _is_a(layer, "peft.tuners.lora.layer", "ParamWrapper"):
+        return Finding(name, layer, _left(name, layer, ON_A_PARAMETER))
     try:
         weight = _check_layer(layer)
     except NotFused as refusal:
@@ -306,8 +315,6 @@ def _check_layer(layer: Any) -> Tensor | QuantizedTensor:
         raise NotFused(f"{_class_name(layer)} computes something of its own")
     if has_own_forward(layer):
         raise NotFused(OWN_FORWARD)
-    if layer.fan_in_fan_out:
-        raise NotFused(f"{type(layer.base_layer).__name__} keeps its weight as [in, out] (fan_in_fan_out)")
     check_base(layer.base_layer)
     return read_weight(layer.base_layer)
 

@@ -127,6 +127,11 @@ def _read_dense(base: Any) -> Tensor:
     return weight
 
 
+def _read_conv1d(base: Any) -> Tensor:
+    # GPT-2's layer, x W + b with W [in, out]: a view, which the kernels read as it lies
+    return _read_dense(base).t()
+
+
 def _read_quantized_linear(base: Any) -> QuantizedTensor:
     quantized: QuantizedTensor = base.quantized
     return quantized
@@ -234,6 +239,7 @@ def _view_8bit(data: Tensor, scales: Tensor) -> QuantizedTensor:
 
 _KINDS = (
     ("torch.nn.modules.linear", "Linear", BaseKind(_read_dense)),
+    ("transformers.pytorch_utils", "Conv1D", BaseKind(_read_conv1d)),
     ("peftkern.nn.quantized_linear", "QuantizedLinear", BaseKind(_read_quantized_linear)),
     ("bitsandbytes.nn.modules", "Linear4bit", BaseKind(_read_bitsandbytes_4bit, swap=True)),
     ("bitsandbytes.nn.modules", "Linear8bitLt", BaseKind(_read_bitsandbytes_8bit, swap=True, note=EXACT_INT8)),

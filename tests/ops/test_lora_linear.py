@@ -123,6 +123,31 @@ def test_inputs_that_are_not_contiguous(backend: str) -> None:
             assert relative_error(results[name], expected[name].double()) <= LAYOUT_TOLERANCE[backend]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_weights_in_any_layout(backend: str, dtype: torch.dtype) -> None:
+    """The third is what GPT-2's ``Conv1D`` keeps: the transpose."""
+    problem = make_problem(21, 130, 96, [8, 3], "dense", dtype, dropout_p=0.3)
+    assert isinstance(problem.weight, Tensor)
+    for weight in _not_contiguous(problem.weight):
+        assert_agrees(dataclasses.replace(problem, weight=weight), backend)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="about the native kernels")
+@pytest.mark.parametrize("tokens", [1, 21])
+def test_a_transposed_dense_weight_is_not_copied(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    problem = make_problem(tokens, 128, 96, [8], "dense")
+    assert isinstance(problem.weight, Tensor)
+    stored = problem.weight.t().contiguous()
+    expected = problem.run("cpu")
+    read: list[int] = []
+    real = cpu._weight_tuple
+    monkeypatch.setattr(cpu, "_weight_tuple", lambda weight: read.append(real(weight)[0][0]) or real(weight))
+    results = dataclasses.replace(problem, weight=stored.t()).run("cpu")
+    assert read == [stored.data_ptr()] * 2  # forward and backward
+    # the sums may run in another order
+    assert all(relative_error(results[name], expected[name].double()) <= 5e-6 for name in expected)
+
+
 def test_gradient_that_is_broadcast(backend: str) -> None:
     problem = make_problem(21, 128, 96, [8], "nf4")
     problem.grad = torch.ones(1, 1).expand(21, 96)

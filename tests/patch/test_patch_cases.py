@@ -19,7 +19,6 @@ from patch_models import (
     assert_same_run,
     error,
     fused_modules,
-    gpt2,
     llama,
     lora,
     run,
@@ -79,18 +78,6 @@ def twin_unpatched(model: nn.Module) -> Any:
     copied = twin(model)
     unpatch(copied)
     return copied
-
-
-def test_conv1d_of_gpt2_is_left() -> None:
-    model = lora(gpt2(), target_modules=["c_attn", "c_fc"])
-    expected = run(model, text())
-    report = patch(model)
-    assert report.counts["fused"] == 0
-    assert report.reasons == {
-        "Conv1D keeps its weight as [in, out] (fan_in_fan_out)": 4,
-        "dense, no adapter": 1,
-    }
-    assert_same_run(model, text(), expected, 0.0)
 
 
 def test_adapters_on_embeddings_and_convolutions_are_named() -> None:

@@ -14,21 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from model_families import FAMILIES
 from patch_models import DEEP, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
 from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
 from peftkern.patch import language_model, unpatch, verify
@@ -134,30 +123,8 @@ def test_every_known_class_computes_what_is_said_of_it(module: str) -> None:
 # ---- the same training
 
 
-def tiny(model_class: Any, config: Any) -> Any:
-    torch.manual_seed(1)
-    return model_class(config).train()
-
-
-def gemma2() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    heads = {"num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0, "final_logit_softcapping": 0.5}
-    return tiny(Gemma2ForCausalLM, Gemma2Config(vocab_size=VOCABULARY, **sizes, **heads))
-
-
-def opt() -> Any:
-    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.0}
-    return tiny(OPTForCausalLM, OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=32, **sizes))
-
-
 def gpt_neox() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return tiny(GPTNeoXForCausalLM, GPTNeoXConfig(vocab_size=VOCABULARY, **sizes))
-
-
-def qwen2() -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return tiny(Qwen2ForCausalLM, Qwen2Config(vocab_size=VOCABULARY, num_key_value_heads=1, **sizes))
+    return FAMILIES["gpt_neox"].build("dense")
 
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -165,10 +132,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama tied": lambda: llama(tied=True),
     "llama under LoRA": lambda: lora(llama("bnb-nf4")),
     "gpt2": lambda: gpt2().train(),
-    "gemma2": gemma2,
-    "opt": opt,
+    "gemma2": lambda: FAMILIES["gemma2"].build("dense"),
+    "opt": lambda: FAMILIES["opt"].build("dense"),
     "gpt_neox": gpt_neox,
-    "qwen2": qwen2,
+    "qwen2": lambda: FAMILIES["qwen2"].build("dense"),
 }
 
 
