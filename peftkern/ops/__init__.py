@@ -2,6 +2,7 @@
 
 from peftkern.ops.adamw import adamw_, adamw_8bit_, adamw_8bit_probe_, adamw_probe_
 from peftkern.ops.dequantize import dequantize
+from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.importance import accumulate_importance_, importance_dot, probe_dot
 from peftkern.ops.linear_cross_entropy import label_logprobs, linear_cross_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "adamw_probe_",
     "add_sparse_delta",
     "dequantize",
+    "dora_linear",
     "gated_lora_linear",
     "importance_dot",
     "label_logprobs",

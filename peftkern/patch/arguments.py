@@ -38,6 +38,7 @@ class LayerArguments:
         lora_biases: those of every B that has one, with their scaling.
         values, indices, delta_scaling: of the running sparse deltas; empty where there is none.
         mask: where the weight counts; ``None``: everywhere.
+        magnitude: of the rows under the one running adapter, which is DoRA's; ``None``: it is not.
     """
 
     base: nn.Module
@@ -52,10 +53,11 @@ class LayerArguments:
     indices: list[SparseIndices] = field(default_factory=list)
     delta_scaling: list[float] = field(default_factory=list)
     mask: BitMask | None = None
+    magnitude: Tensor | None = None
 
     def runs_alone(self) -> bool:
         """Whether the product is none that layers which share their input, or a gate, can join."""
-        return bool(self.values) or self.mask is not None
+        return bool(self.values) or self.mask is not None or self.magnitude is not None
 
     def total_bias(self) -> Tensor | None:
         """The sum of all biases, [out]."""
@@ -191,17 +193,38 @@ def with_adapters(arguments: LayerArguments, layer: Any, names: Sequence[str]) -
     """``arguments``, to which the adapters called ``names`` were added.
 
     Raises:
-        NotFused: one of them is not plain LoRA.
+        NotFused: one of them is neither plain LoRA nor the only one and DoRA's.
     """
     for name in names:
         _add_adapter(arguments, layer, name)
+    variants = {name: layer.lora_variant[name] for name in names if name in layer.lora_variant}
+    for name, variant in variants.items():
+        if not _is_dora(variant):
+            raise NotFused(f"adapter {name!r} is a {type(variant).__name__}")
+        if len(names) > 1:
+            raise NotFused(f"adapter {name!r} is DoRA's and not the only one that runs")
+        _add_magnitude(arguments, layer, name)
     return arguments
+
+
+def _is_dora(variant: Any) -> bool:
+    module = sys.modules.get("peft.tuners.lora.variants")
+    return module is not None and type(variant) is module.DoraLinearVariant
+
+
+def _add_magnitude(arguments: LayerArguments, layer: Any, name: str) -> None:
+    if arguments.values or arguments.mask is not None:
+        raise NotFused(f"adapter {name!r} is DoRA's, over sparse deltas or a masked weight")
+    if arguments.lora_biases:
+        raise NotFused(f"adapter {name!r} is DoRA's and has a bias")
+    holder = layer._modules["lora_magnitude_vector"]._modules[name]
+    if is_hooked(holder):
+        raise NotFused(f"adapter {name!r} has hooks on its layers")
+    arguments.magnitude = holder.weight
 
 
 def _add_adapter(arguments: LayerArguments, layer: Any, name: str) -> None:
     modules = layer._modules
-    if name in layer.lora_variant:
-        raise NotFused(f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}")
     lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
     dropout = modules["lora_dropout"]._modules[name]
     for part in (lora_A, lora_B):

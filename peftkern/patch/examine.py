@@ -43,6 +43,7 @@ OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do t
 
 DELTAS_ALONE = "runs alone, not with the layers that share its input: it has sparse deltas"
 MASK_ALONE = "runs alone, not with the layers that share its input: it has a mask"
+DORA_ALONE = "runs alone, not with the layers that share its input: its adapter is DoRA's"
 OURS = "a module of peftkern, runs it unpatched"
 
 
@@ -208,6 +209,8 @@ def _kernel(arguments: LayerArguments, setting: _Setting) -> str:
         )
         return f"masked_linear on {describe}"
     chosen = by_tokens.describe("lora_linear", lambda tokens: (row.expand(tokens, -1), *operands), setting.backend)
+    if arguments.magnitude is not None:
+        return f"dora_linear on {chosen}"
     if not arguments.values:
         return f"lora_linear on {chosen}"
     delta = (arguments.values[0], arguments.indices[0], arguments.delta_scaling[0])
@@ -334,8 +337,8 @@ def _in_features(findings: Iterable[Finding]) -> dict[str, int]:
 
 def _in_group(members: Sequence[Finding], setting: _Setting) -> list[Finding]:
     """``members``, which share their input, with the kernel that runs them as one, if there is one."""
-    together = [finding for finding in members if not _why_alone(finding.module)]
-    alone = [finding for finding in members if _why_alone(finding.module)]
+    together = [finding for finding in members if not _why_alone(finding)]
+    alone = [finding for finding in members if _why_alone(finding)]
     if alone and _group_kernel(_running(members), setting) is not None:
         alone = [replace(finding, row=_row_alone(finding)) for finding in alone]
     if len(together) < 2:
@@ -344,8 +347,11 @@ def _in_group(members: Sequence[Finding], setting: _Setting) -> list[Finding]:
     return [*(replace(finding, group=group, row=_row_in_group(finding, kernel)) for finding in together), *alone]
 
 
-def _why_alone(layer: Any) -> str:
-    """Why ``layer`` cannot join those that share its input; empty where it can."""
+def _why_alone(finding: Finding) -> str:
+    """Why the layer cannot join those that share its input; empty where it can."""
+    if finding.arguments is not None and finding.arguments.magnitude is not None:
+        return DORA_ALONE
+    layer: Any = finding.module
     base = getattr(layer, "base_layer", layer)
     if deltas_of(base):
         return DELTAS_ALONE
@@ -359,7 +365,7 @@ def _running(members: Sequence[Finding]) -> list[LayerArguments]:
 def _row_alone(finding: Finding) -> PatchRow | None:
     if finding.row is None:
         return None
-    return replace(finding.row, reason="; ".join(filter(None, [finding.row.reason, _why_alone(finding.module)])))
+    return replace(finding.row, reason="; ".join(filter(None, [finding.row.reason, _why_alone(finding)])))
 
 
 def _group_kernel(together: Sequence[LayerArguments], setting: _Setting) -> str | None:

@@ -6,6 +6,7 @@ a fused layer needs sits in one entry of its `__dict__`, and goes when the layer
     y = x Wᵀ + Σᵢ sᵢ (Dᵢ(x) Aᵢᵀ) Bᵢᵀ + b + Σᵢ sᵢ bᵢ          i over the active adapters of this layer
            + Σₖ sₖ x Sₖᵀ                                     k over the sparse deltas of its base layer
     W is W ⊙ M where the base layer has a mask M
+    y = c ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + b                         where the one active adapter is DoRA's
     y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
                                                              fused too, its input is not kept but made again
     loss = cross_entropy(head(hidden), labels)               a language model in training, without its logits
@@ -30,8 +31,9 @@ from torch import Tensor, nn
 from peftkern.formats import QuantizedTensor
 from peftkern.nn.masked_linear import MERGE_UNDER_MASK, mask_of
 from peftkern.nn.sparse_linear import class_with_deltas, under_deltas
+from peftkern.ops.dora_linear import dora_linear, row_squares
 from peftkern.ops.gated_lora_linear import gated_lora_linear
-from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear
+from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, lora_linear, weight_versions
 from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.silu_mul import silu_mul
 from peftkern.ops.sparse_delta_linear import sparse_delta_linear
@@ -48,7 +50,7 @@ from peftkern.patch.arguments import (
 )
 from peftkern.patch.gated import is_gated_mlp, is_silu
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
-from peftkern.patch.weights import KNOWN_TENSORS, NotFused, ViewCache, base_kind, original_class
+from peftkern.patch.weights import KNOWN_TENSORS, LastMade, NotFused, base_kind, original_class
 
 if TYPE_CHECKING:
     from peftkern.patch.shared_input import SharedInput
@@ -72,6 +74,7 @@ class LayerState:
         unused: how many outputs its group computed for this layer in vain.
         unmerged: weight and bias of a `QuantizedLinear` base as they were before adapters were merged into it.
         views: made of this layer's own weight; never copied or saved along.
+        squares: of the rows of this layer's own weight; neither.
     """
 
     name: str
@@ -81,10 +84,11 @@ class LayerState:
     calls_left: Counter[str] = field(default_factory=Counter)
     unused: int = 0
     unmerged: tuple[QuantizedTensor, Tensor | None] | None = None
-    views: ViewCache = field(default_factory=ViewCache)
+    views: LastMade[QuantizedTensor] = field(default_factory=LastMade)
+    squares: LastMade[Tensor] = field(default_factory=LastMade)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "views": ViewCache()}
+        return {**self.__dict__, "views": LastMade(), "squares": LastMade()}
 
     def note(self, reason: str) -> None:
         """Count a call that the fused path did not take; the model warns once per reason, each layer logs once."""
@@ -262,7 +266,7 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
         arguments = read_layer(down, gate)
     except NotFused:  # whatever runs instead says why
         return None
-    if arguments.mask is not None:
+    if arguments.mask is not None or arguments.magnitude is not None:
         return None
     keeps_input = any(tensor.requires_grad for tensor in (*arguments.lora_A, *arguments.values))
     return arguments if keeps_input and arguments.compute_dtype(gate.dtype) == gate.dtype else None
@@ -367,6 +371,20 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
             backend=state.backend,
         )
         return arguments.from_compute(y, x)
+    if arguments.magnitude is not None:
+        y = dora_linear(
+            arguments.to_compute(x),
+            arguments.weight,
+            arguments.lora_A[0],
+            arguments.lora_B[0],
+            arguments.magnitude,
+            arguments.scaling[0],
+            arguments.bias,
+            arguments.dropout_p[0],
+            squares=_row_squares(state, arguments.weight),
+            backend=state.backend,
+        )
+        return arguments.from_compute(y, x)
     if state.shared is not None and not torch.compiler.is_compiling():
         y = state.shared.output(layer, x, arguments)
         if y is not None:
@@ -382,3 +400,10 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
         backend=state.backend,
     )
     return arguments.from_compute(y, x)
+
+
+def _row_squares(state: LayerState, weight: Weight) -> Tensor:
+    if torch.compiler.is_compiling():  # a graph must not keep what was made while tracing
+        return row_squares(weight)
+    address = weight.data_ptr() if isinstance(weight, Tensor) else 0
+    return state.squares.get((weight, address, *weight_versions(weight)), lambda: row_squares(weight))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,19 +51,22 @@ class BaseKind:
 _found: dict[type, BaseKind | None] = {}
 
 
-class ViewCache:
-    """The last view made of a weight, and the objects it was made of."""
+Made = TypeVar("Made")
+
+
+class LastMade(Generic[Made]):
+    """What was last made of a weight, and the objects it was made of."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
-        self._view: QuantizedTensor | None = None
+        self._made: Made | None = None
 
-    def get(self, key: tuple[Any, ...], make: Callable[[], QuantizedTensor]) -> QuantizedTensor:
-        """The view for ``key``, made anew when one of the key's objects is another one than last time."""
+    def get(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What belongs to ``key``, made anew when one of the key's objects is another one than last time."""
         same = len(key) == len(self._key) and all(map(_same, key, self._key))
-        if not same or self._view is None:
-            self._view, self._key = make(), key
-        return self._view
+        if not same or self._made is None:
+            self._made, self._key = make(), key
+        return self._made
 
 
 def _same(new: Any, old: Any) -> bool:
@@ -140,10 +143,10 @@ def _read_quantized_linear(base: Any) -> QuantizedTensor:
 # ---- bitsandbytes
 
 
-def _cache_of(base: Any) -> ViewCache:
+def _cache_of(base: Any) -> LastMade[QuantizedTensor]:
     state = base.__dict__.get("_peftkern")
     # under torch.compile addresses mean nothing, and a graph must not keep a view made while tracing
-    return ViewCache() if state is None or torch.compiler.is_compiling() else state.views
+    return LastMade() if state is None or torch.compiler.is_compiling() else state.views
 
 
 def _data_of(weight: nn.Parameter) -> tuple[Tensor, int]:

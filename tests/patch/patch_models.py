@@ -26,6 +26,9 @@ BASES = ("dense", "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-int8", "nf4", "in
 """Kinds of base layers: the last two are `QuantizedLinear`."""
 
 VOCABULARY = 96
+ALORA: dict[str, Any] = {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}
+"""Options of an adapter that the fused product does not cover."""
+
 TOLERANCE = 5e-6
 DEEP = 10 * TOLERANCE  # errors of a few layers add up
 

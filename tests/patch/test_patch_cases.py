@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from patch_models import (
+    ALORA,
     BASES,
     DEEP,
     TOLERANCE,
@@ -40,26 +41,67 @@ def layer_of(model: Any, name: str = "layers.0.mlp.up_proj") -> Any:
 # ---- what is left to PEFT
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"use_dora": True}, "adapter 'default' is a DoraLinearVariant"),
-        ({"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "adapter 'default' is a ALoraLinearVariant"),
-    ],
-)
 @pytest.mark.parametrize("base", ["dense", "bnb-nf4", "nf4"])
-def test_variants_run_pefts_own_code(base: str, options: dict[str, Any], reason: str) -> None:
-    model = lora(llama(base), **options)
+def test_variants_run_pefts_own_code(base: str) -> None:
+    model = lora(llama(base), **ALORA)
     batch = text()
     batch["input_ids"][:, 2:4] = torch.tensor([5, 6])
     expected = run(model, batch)
     report = patch(model)
     rows = [row for row in report.rows if row.kind.startswith("lora.")]
     assert len(rows) == 14
-    assert {(row.action, row.reason) for row in rows} == {("left", reason)}
+    assert {(row.action, row.reason) for row in rows} == {("left", "adapter 'default' is a ALoraLinearVariant")}
     # over bitsandbytes the base layer runs on our kernel all the same, and says so in a row of its own
     assert report.counts["fused"] == 2 + (14 if base == "bnb-nf4" else 0)
     assert_same_run(model, batch, expected)
+
+
+# ---- DoRA
+
+
+def dora(base: str, **options: Any) -> Any:
+    """Magnitudes are away from the norms, so that both matter."""
+    model = lora(llama(base), use_dora=True, **options)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= torch.linspace(0.7, 1.4, parameter.numel())
+    return model
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("base", ["dense", "bnb-nf4", "bnb-int8", "nf4"])
+def test_dora_is_fused(base: str, dropout: float) -> None:
+    model = dora(base, lora_dropout=dropout)
+    torch.manual_seed(5)
+    expected = run(model, text())
+    report = patch(model, strict=True)
+    rows = [row for row in report.rows if row.kind.startswith("lora.")]
+    assert len(rows) == 14
+    assert {(row.action, row.kernel.split(" on ")[0]) for row in rows} == {("fused", "dora_linear")}
+    torch.manual_seed(5)
+    assert_same_run(model, text(), expected)
+    assert not any(row.calls_left for row in patch(model).rows)
+
+
+def test_dora_follows_its_magnitudes_factors_and_weight() -> None:
+    model = dora("dense")
+    patch(model)
+    run(model, text())  # keeps what it has measured of the weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    expected = run(twin_unpatched(model), text())
+    assert_same_run(model, text(), expected)
+
+
+def test_dora_beside_another_adapter_is_left() -> None:
+    model = dora("nf4")
+    model.add_adapter("plain", peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model.base_model.set_adapter(["default", "plain"])
+    expected = run(twin_unpatched(model), text())
+    report = patch(model)
+    assert "adapter 'default' is DoRA's and not the only one that runs" in {row.reason for row in report.left}
+    assert_same_run(model, text(), expected)
 
 
 def test_a_layer_with_a_plain_and_a_dora_adapter_follows_the_active_one() -> None:
@@ -68,10 +110,13 @@ def test_a_layer_with_a_plain_and_a_dora_adapter_follows_the_active_one() -> Non
     assert patch(model).counts["fused"] == 16
     model.set_adapter("dora")
     expected = run(twin_unpatched(model), text())
-    assert {row.reason for row in patch(model).left} == {"adapter 'dora' is a DoraLinearVariant", "dense, no adapter"}
+    report = patch(model)
+    assert report.counts["fused"] == 16
+    assert {row.kernel.split(" on ")[0] for row in report.fused if "proj" in row.module} == {"dora_linear"}
     assert_same_run(model, text(), expected)
     model.set_adapter("default")
-    assert patch(model).counts["fused"] == 16
+    expected = run(twin_unpatched(model), text())
+    assert_same_run(model, text(), expected)
 
 
 def twin_unpatched(model: nn.Module) -> Any:

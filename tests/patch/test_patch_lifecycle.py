@@ -13,7 +13,7 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from patch_models import BASES, classes, fused_modules, llama, lora, run, text
+from patch_models import ALORA, BASES, classes, fused_modules, llama, lora, run, text
 from peft.tuners.lora import layer as lora_layer
 from torch import nn
 
@@ -139,9 +139,9 @@ def test_failing_repeat_leaves_the_first_patch_in_place(monkeypatch: pytest.Monk
 
 
 def test_strict_raises_and_changes_nothing() -> None:
-    model = lora(llama(), use_dora=True)
+    model = lora(llama(), **ALORA)
     was = classes(model)
-    with pytest.raises(PatchError, match=r"14 modules cannot be taken.*\n.*DoraLinearVariant"):
+    with pytest.raises(PatchError, match=r"14 modules cannot be taken.*\n.*ALoraLinearVariant"):
         patch(model, strict=True)
     assert classes(model) == was
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import peft
-from patch_models import llama, lora, text
+from patch_models import ALORA, llama, lora, text
 from torch import nn
 
 from peftkern.patch import PatchReport, PatchRow, patch
@@ -53,11 +53,11 @@ def test_calls_left_show_in_the_next_report() -> None:
 
 
 def test_data_is_json() -> None:
-    model = lora(llama("bnb-nf4"), target_modules=["q_proj"], use_dora=True)
+    model = lora(llama("bnb-nf4"), target_modules=["q_proj"], **ALORA)
     report = patch(model)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["counts"] == {"fused": 16, "left": 3}
-    assert data["reasons"] == {"adapter 'default' is a DoraLinearVariant": 2, "dense, no adapter": 1}
+    assert data["reasons"] == {"adapter 'default' is a ALoraLinearVariant": 2, "dense, no adapter": 1}
     assert [PatchRow(**row) for row in data["rows"]] == list(report.rows)
     assert {row.kind for row in report.fused} == {"bnb.Linear4bit", "LlamaMLP"}
     assert {row.reason for row in report.fused} == {"no adapter", "the base layer alone", ""}
@@ -66,7 +66,7 @@ def test_data_is_json() -> None:
 def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
     report = patch(lora(llama("bnb-nf4")))
     assert not any(row.module.endswith("base_layer") for row in report.rows)
-    report = patch(lora(llama("bnb-nf4"), use_dora=True))
+    report = patch(lora(llama("bnb-nf4"), **ALORA))
     assert sum(row.module.endswith("base_layer") for row in report.rows) == 14
 
 
