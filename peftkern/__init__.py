@@ -16,7 +16,7 @@ from peftkern.formats import QuantizedTensor
 from peftkern.integrations.registration import register_on_import
 
 # This name is both a package and a function. Importing the package binds it first, then the function takes its place.
-from peftkern.patch import PatchReport, VerifyReport, patch, unpatch, verify
+from peftkern.patch import PatchReport, VerifyReport, adapters_by_row, patch, unpatch, verify
 
 if TYPE_CHECKING:
     from peftkern.integrations import QuantConfig as QuantConfig
@@ -72,6 +72,7 @@ __all__ = [
     "RandomSelection",
     "VerifyReport",
     "__version__",
+    "adapters_by_row",
     "ops",
     "optim",
     "patch",

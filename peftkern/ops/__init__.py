@@ -9,6 +9,7 @@ from peftkern.ops.linear_cross_entropy import label_logprobs, linear_cross_entro
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.masked_linear import masked_linear
+from peftkern.ops.mixed_lora_linear import mixed_lora_linear
 from peftkern.ops.quantize import quantize
 from peftkern.ops.select_top import quantile_of, select_top
 from peftkern.ops.silu_mul import silu_mul
@@ -30,6 +31,7 @@ __all__ = [
     "lora_linear",
     "lora_linear_group",
     "masked_linear",
+    "mixed_lora_linear",
     "probe_dot",
     "quantile_of",
     "quantize",

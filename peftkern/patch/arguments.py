@@ -17,6 +17,7 @@ from peftkern.formats import BitMask, SparseIndices
 from peftkern.nn.masked_linear import mask_of
 from peftkern.nn.sparse_linear import deltas_of
 from peftkern.ops.lora_linear import Adapters, Weight, weight_tensors
+from peftkern.ops.mixed_lora_linear import NO_ADAPTER
 from peftkern.patch.weights import NotFused, original_class, read_weight
 
 _LORA_LAYERS = (
@@ -162,6 +163,26 @@ def read_lora(layer: Any, names: Sequence[str], x: Tensor) -> LayerArguments:
     weight = read_weight(base)
     _check_device(x, weight)
     return with_adapters(with_deltas(base, weight), layer, names)
+
+
+def read_by_row(layer: Any, rows: Sequence[str], x: Tensor | None) -> tuple[LayerArguments, list[int]]:
+    """What a LoRA layer whose batch has the adapters ``rows`` multiplies with, and which of those each row takes.
+
+    Raises:
+        NotFused: as `read_lora` does (x may be missing), or it has a mask or sparse deltas, or an adapter is no plain
+            LoRA.
+    """
+    present = [name for name in dict.fromkeys(rows) if name in layer._modules["lora_A"]._modules]
+    base = layer._modules["base_layer"]
+    check_base(base)
+    weight = read_weight(base)
+    if x is not None:
+        _check_device(x, weight)
+    arguments = with_adapters(with_deltas(base, weight), layer, present)
+    if arguments.runs_alone() or arguments.lora_biases:
+        raise NotFused("sparse deltas, masks, DoRA and biases of adapters cannot differ from row to row")
+    position = {name: index for index, name in enumerate(present)}
+    return arguments, [position.get(name, NO_ADAPTER) for name in rows]
 
 
 def with_deltas(base: Any, weight: Weight) -> LayerArguments:

@@ -35,6 +35,7 @@ from peftkern.ops.dora_linear import dora_linear, row_squares
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, lora_linear, weight_versions
 from peftkern.ops.masked_linear import masked_linear
+from peftkern.ops.mixed_lora_linear import mixed_lora_linear
 from peftkern.ops.silu_mul import silu_mul
 from peftkern.ops.sparse_delta_linear import sparse_delta_linear
 from peftkern.patch import merging
@@ -44,6 +45,7 @@ from peftkern.patch.arguments import (
     is_hooked,
     is_lora_class,
     read_base,
+    read_by_row,
     read_layer,
     read_lora,
     running_adapters,
@@ -75,6 +77,7 @@ class LayerState:
         unmerged: weight and bias of a `QuantizedLinear` base as they were before adapters were merged into it.
         views: made of this layer's own weight; never copied or saved along.
         squares: of the rows of this layer's own weight; neither.
+        rows: the adapter of each row of the batch (`adapters_by_row`); ``None``: the active ones for all.
     """
 
     name: str
@@ -86,6 +89,7 @@ class LayerState:
     unmerged: tuple[QuantizedTensor, Tensor | None] | None = None
     views: LastMade[QuantizedTensor] = field(default_factory=LastMade)
     squares: LastMade[Tensor] = field(default_factory=LastMade)
+    rows: tuple[str, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "views": LastMade(), "squares": LastMade()}
@@ -177,6 +181,9 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
 
 def _lora_forward(original: Any) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows = self.__dict__[STATE].rows
+        if rows is not None:
+            return _run_by_row(self, x, rows)
         names = running_adapters(self)
         if not names:  # the base layer alone
             return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -258,7 +265,8 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
     down = block.down_proj
     if not is_fused(down) or is_hooked(down) or has_global_hooks() or torch.compiler.is_compiling():
         return None
-    if down.__dict__[STATE].backend != block.__dict__[STATE].backend:
+    state = down.__dict__[STATE]
+    if state.backend != block.__dict__[STATE].backend or state.rows is not None:
         return None
     try:
         check_activation(block.act_fn)
@@ -396,6 +404,26 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
         arguments.lora_B,
         arguments.scaling,
         arguments.total_bias(),
+        arguments.dropout_p,
+        backend=state.backend,
+    )
+    return arguments.from_compute(y, x)
+
+
+def _run_by_row(layer: Any, x: Tensor, rows: Sequence[str]) -> Tensor:
+    state = layer.__dict__[STATE]
+    try:
+        arguments, adapters = read_by_row(layer, rows, x)
+    except NotFused as refusal:
+        raise ValueError(f"adapters_by_row: {state.name}: {refusal}") from refusal
+    y = mixed_lora_linear(
+        arguments.to_compute(x),
+        arguments.weight,
+        arguments.lora_A,
+        arguments.lora_B,
+        adapters,
+        arguments.scaling,
+        arguments.bias,
         arguments.dropout_p,
         backend=state.backend,
     )
