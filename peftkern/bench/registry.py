@@ -109,6 +109,17 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.memory:cases",
         ),
         Benchmark(
+            "step-llama1b",
+            "a training step of Llama-3.2-1B's shape, random weights, NF4 with LoRA, checkpointed, 1 x 512, fp32",
+            "peftkern.bench.llama1b:step_cases",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
+            "memory-llama1b",
+            "peak resident memory of that step, each side in a fresh process",
+            "peftkern.bench.llama1b:memory_cases",
+        ),
+        Benchmark(
             "sparse-step",
             "time and memory of that step with sparse deltas, beside our own step with LoRA",
             "peftkern.bench.sparse_step:cases",

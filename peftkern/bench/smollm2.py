@@ -87,11 +87,17 @@ def load_peer(folder: str) -> Any:
     return _with_seeded_adapter(model)
 
 
-def load_ours(folder: str) -> Any:
+def load_ours(folder: str, logits: bool = True) -> Any:
     """The same through ``QuantConfig``, patched."""
     adapted = _with_seeded_adapter(_load_quantized(folder))
-    peftkern.patch(adapted, strict=True)
+    peftkern.patch(adapted, strict=True, logits=logits)
     return adapted
+
+
+def checkpointed(model: Any) -> Any:
+    """``model``, whose layers compute their activations again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def load_sparse(folder: str, density: float = SPARSE_DENSITY) -> Any:
@@ -237,6 +243,8 @@ LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "dense": dense_loop,
     "green": lambda folder: PolicyLoop(load_dense(folder), peftkern.GreenTrainer(rho=0.5)),
     "peer": lambda folder: Loop(load_peer(folder)),
+    "ours checkpointed": lambda folder: Loop(checkpointed(load_ours(folder, logits=False))),
+    "peer checkpointed": lambda folder: Loop(checkpointed(load_peer(folder))),
     "sparse": lambda folder: Loop(load_sparse(folder)),
 }
 """What `peftkern.bench.memory` runs, each in a process of its own."""

@@ -19,24 +19,28 @@ TOLERANCE = 1e-4
 
 
 def setup_step(
-    checkpoint: smollm2.Checkpoint, batch: int = smollm2.BATCH, length: int = smollm2.LENGTH, effort: Effort = EFFORT
+    checkpoint: smollm2.Checkpoint,
+    batch: int = smollm2.BATCH,
+    length: int = smollm2.LENGTH,
+    effort: Effort = EFFORT,
+    ours: str = "ours",
+    peer: str = "peer",
 ) -> Case:
-    """One step on the same batch, with models loaded from the same checkpoint and equal adapters."""
-    peer = smollm2.Loop(smollm2.load_peer(checkpoint.folder))
-    ours = smollm2.Loop(smollm2.load_ours(checkpoint.folder))
+    """One step of two of `smollm2.LOOPS` on the same batch, with models from the same checkpoint and equal adapters."""
+    theirs, mine = smollm2.LOOPS[peer](checkpoint.folder), smollm2.LOOPS[ours](checkpoint.folder)
     (ids,) = smollm2.make_batches(checkpoint.folder, 1, batch, length)
-    peers.fill_lora_b(peer.model, torch.Generator().manual_seed(1))
-    peers.copy_adapter(peer.model, ours.model)
+    peers.fill_lora_b(theirs.model, torch.Generator().manual_seed(1))
+    peers.copy_adapter(theirs.model, mine.model)
 
     def check() -> None:
-        our_loss, our_gradients = ours.loss_and_gradients(ids)
-        peer_loss, peer_gradients = peer.loss_and_gradients(ids)
+        our_loss, our_gradients = mine.loss_and_gradients(ids)
+        peer_loss, peer_gradients = theirs.loss_and_gradients(ids)
         pairs = {f"gradient of {name}": (our_gradients[name], peer_gradients[name]) for name in peer_gradients}
         peers.check_agreement({"loss": (our_loss, peer_loss), **pairs}, TOLERANCE)
 
     text = f"forward + backward + AdamW, batch {batch} x {length}"
     text = f"{text}, {checkpoint.note}" if checkpoint.note else text
-    return Case(text, lambda: ours.step(ids), lambda: peer.step(ids), check, unit="s", effort=effort)
+    return Case(text, lambda: mine.step(ids), lambda: theirs.step(ids), check, unit="s", effort=effort)
 
 
 def cases() -> Iterator[Case]:

@@ -19,6 +19,8 @@ NAMES = [
     "linear-nf4-bf16",
     "step-smollm2",
     "memory-smollm2",
+    "step-llama1b",
+    "memory-llama1b",
     "sparse-step",
     "sparse-state",
     "hft-step",
