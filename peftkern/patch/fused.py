@@ -33,7 +33,7 @@ from peftkern.nn.masked_linear import MERGE_UNDER_MASK, mask_of
 from peftkern.nn.sparse_linear import class_with_deltas, under_deltas
 from peftkern.ops.dora_linear import dora_linear, row_squares
 from peftkern.ops.gated_lora_linear import gated_lora_linear
-from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, lora_linear, weight_versions
+from peftkern.ops.lora_linear import FLOAT_DTYPES, lora_linear, weight_versions
 from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.mixed_lora_linear import mixed_lora_linear
 from peftkern.ops.silu_mul import silu_mul
@@ -389,7 +389,7 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
             arguments.scaling[0],
             arguments.bias,
             arguments.dropout_p[0],
-            squares=_row_squares(state, arguments.weight),
+            squares=_row_squares(state, arguments),
             backend=state.backend,
         )
         return arguments.from_compute(y, x)
@@ -430,8 +430,11 @@ def _run_by_row(layer: Any, x: Tensor, rows: Sequence[str]) -> Tensor:
     return arguments.from_compute(y, x)
 
 
-def _row_squares(state: LayerState, weight: Weight) -> Tensor:
+def _row_squares(state: LayerState, arguments: LayerArguments) -> Tensor:
+    weight = arguments.weight
     if torch.compiler.is_compiling():  # a graph must not keep what was made while tracing
         return row_squares(weight)
-    address = weight.data_ptr() if isinstance(weight, Tensor) else 0
-    return state.squares.get((weight, address, *weight_versions(weight)), lambda: row_squares(weight))
+    if not isinstance(weight, Tensor):
+        return state.squares.get((weight, *weight_versions(weight)), lambda: row_squares(weight))
+    key = (arguments.base.weight, weight.data_ptr(), *weight_versions(weight))  # the weight itself may be a new view
+    return state.squares.get(key, lambda: row_squares(weight))

@@ -20,6 +20,7 @@ from patch_models import (
     assert_same_run,
     error,
     fused_modules,
+    gpt2,
     llama,
     lora,
     run,
@@ -29,7 +30,8 @@ from patch_models import (
 from torch import nn
 
 from peftkern.nn import QuantizedLinear
-from peftkern.patch import patch, unpatch
+from peftkern.ops.dora_linear import row_squares
+from peftkern.patch import fused, patch, unpatch
 
 QUANTIZED = [base for base in BASES if base != "dense"]
 
@@ -81,6 +83,17 @@ def test_dora_is_fused(base: str, dropout: float) -> None:
     torch.manual_seed(5)
     assert_same_run(model, text(), expected)
     assert not any(row.calls_left for row in patch(model).rows)
+
+
+def test_dora_is_fused_over_a_transposed_weight_and_measures_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(gpt2(), use_dora=True, target_modules=["c_attn", "c_fc"])
+    expected = run(model, text())
+    assert len(patch(model).fused) == 4
+    measured = []
+    monkeypatch.setattr(fused, "row_squares", lambda weight: measured.append(weight) or row_squares(weight))
+    for _ in range(2):
+        assert_same_run(model, text(), expected)
+    assert len(measured) == 4
 
 
 def test_dora_follows_its_magnitudes_factors_and_weight() -> None:
