@@ -139,9 +139,10 @@ void dequantize(const std::string& isa, const WeightTuple& weight, int64_t eleme
   cpu::run_dequantization(kernels, d, threads);
 }
 
-void silu_mul(const std::string& isa, uintptr_t gate, uintptr_t up, uintptr_t out, int dtype, int64_t elements,
-              int threads) {
+void silu_mul(const std::string& isa, int activation, uintptr_t gate, uintptr_t up, uintptr_t out, int dtype,
+              int64_t elements, int threads) {
   cpu::SiluMul s;
+  s.activation = static_cast<cpu::Activation>(activation);
   s.gate = pointer<void>(gate);
   s.up = pointer<void>(up);
   s.out = reinterpret_cast<void*>(out);
@@ -152,12 +153,15 @@ void silu_mul(const std::string& isa, uintptr_t gate, uintptr_t up, uintptr_t ou
   cpu::run_silu_mul(kernels, s, threads);
 }
 
-void silu_mul_backward(const std::string& isa, uintptr_t grad, uintptr_t gate, uintptr_t up, uintptr_t grad_gate,
-                       uintptr_t grad_up, int dtype, int64_t elements, int threads) {
+void silu_mul_backward(const std::string& isa, int activation, uintptr_t grad, uintptr_t gate, uintptr_t up,
+                       uintptr_t out, uintptr_t grad_gate, uintptr_t grad_up, int dtype, int64_t elements,
+                       int threads) {
   cpu::SiluMul s;
+  s.activation = static_cast<cpu::Activation>(activation);
   s.grad = pointer<void>(grad);
   s.gate = pointer<void>(gate);
   s.up = pointer<void>(up);
+  s.out = reinterpret_cast<void*>(out);
   s.grad_gate = reinterpret_cast<void*>(grad_gate);
   s.grad_up = reinterpret_cast<void*>(grad_up);
   s.dtype = static_cast<DType>(dtype);
@@ -388,11 +392,12 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dequantize", &dequantize, py::arg("isa"), py::arg("weight"), py::arg("elements"), py::arg("block_size"),
              py::arg("out"), py::arg("dtype"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct Dequantization, says what is computed.");
-  module.def("silu_mul", &silu_mul, py::arg("isa"), py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("dtype"),
-             py::arg("elements"), py::arg("threads"), "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
-  module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("grad"), py::arg("gate"), py::arg("up"),
-             py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"), py::arg("elements"), py::arg("threads"),
+  module.def("silu_mul", &silu_mul, py::arg("isa"), py::arg("activation"), py::arg("gate"), py::arg("up"),
+             py::arg("out"), py::arg("dtype"), py::arg("elements"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
+  module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("activation"), py::arg("grad"),
+             py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"),
+             py::arg("elements"), py::arg("threads"), "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
   module.def("sparse_product", &sparse_product, py::arg("isa"), py::arg("tokens"), py::arg("source"), py::arg("target"),
              py::arg("pair"), py::arg("order"), py::arg("values"), py::arg("gradients"), py::arg("scaling"),
              py::arg("threads"), "csrc/cpu/kernels.h, struct SparseProduct, says what is computed.");

@@ -83,9 +83,14 @@ struct Dequantization {
   DType dtype = DType::float32;
 };
 
-// out = silu(gate) * up, and its gradients; all tensors are contiguous, of one dtype and size. A gradient whose pointer
-// is null is not wanted.
+// What a gated block puts its gate through; gelu_tanh is the approximation of gelu by tanh.
+enum class Activation : int { silu = 0, gelu_tanh = 1, gelu = 2 };
+
+// out = activation(gate) * up, and its gradients; all tensors are contiguous, of one dtype and size. A result whose
+// pointer is null is not wanted. Results may be written over operands, element by element: out over any of them, a
+// gradient over its own operand.
 struct SiluMul {
+  Activation activation = Activation::silu;
   const void* gate = nullptr;
   const void* up = nullptr;
   void* out = nullptr;

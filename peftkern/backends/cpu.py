@@ -20,6 +20,7 @@ from peftkern.formats import BitMask, QuantizedTensor, codebook
 from peftkern.formats.quantized_tensor import FOUR_BIT_FORMATS, block_count
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.quantize import assemble, dynamic_grid, four_bit_bounds, quantize_scales
+from peftkern.ops.silu_mul import ACTIVATIONS, NOTHING_FREE
 
 try:
     from peftkern import _cpu
@@ -423,19 +424,26 @@ def _backward(
     need_x: bool,
     need_lora: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    count = len(adapters)
-    need_A, need_B = need_lora[:count], need_lora[count:]
     if grad.shape[0] == 0:
         zeros = [
             [p.new_zeros(p.shape) if need else None for p, need in pairs] for pairs in _wanted(adapters, need_lora)
         ]
         return grad.new_empty(0, weight.shape[1]) if need_x else None, zeros[0], zeros[1]
     grad = _rows(grad)
-    g = _inner_gradients(grad, adapters) if need_x or any(need_A) else None
+    g = _inner_gradients(grad, adapters) if need_x or any(need_lora[: len(adapters)]) else None
     grad_x = None
     if need_x:
         assert g is not None
         grad_x = _input_gradient(grad, weight, mask, adapters, g)
+    return grad_x, *_adapter_gradients(grad, x, adapters, g, h, need_lora)
+
+
+def _adapter_gradients(
+    grad: Tensor, x: Tensor | None, adapters: Adapters, g: Tensor | None, h: Tensor, need_lora: Sequence[bool]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Of every A, which take x and g, and of every B."""
+    count = len(adapters)
+    need_A, need_B = need_lora[:count], need_lora[count:]
     grad_A: list[Tensor | None] = [None] * count
     grad_B: list[Tensor | None] = [None] * count
     masks = _dropout_tuples(adapters)
@@ -446,7 +454,7 @@ def _backward(
         if need_B[index]:
             grad_B_turned = _skinny_gradient(h[:, columns], grad, _NO_DROPOUT)
             grad_B[index] = grad_B_turned.t().to(adapters.lora_B[index].dtype).contiguous()
-    return grad_x, grad_A, grad_B
+    return grad_A, grad_B
 
 
 def _wanted(adapters: Adapters, need_lora: Sequence[bool]) -> list[list[tuple[Tensor, bool]]]:
@@ -541,12 +549,13 @@ def _weight_gradient(grad: Tensor, x: Tensor, mask: BitMask, dtype: torch.dtype)
 
 
 @registry.register("silu_mul", "cpu", supports=supports_values)
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """Forward; see :func:`peftkern.ops.silu_mul.silu_mul`. Tensors that are not contiguous are copied first."""
+def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
+    """Forward; see :func:`peftkern.ops.silu_mul.silu_mul_reference`. Tensors that are not contiguous are copied."""
     gate, up = gate.contiguous(), up.contiguous()
-    out = _new(gate, *gate.shape)
+    out = _new(gate, *gate.shape) if out is None else out
     native.silu_mul(
         chosen_isa(),
+        ACTIVATIONS.index(activation),
         gate.data_ptr(),
         up.data_ptr(),
         out.data_ptr(),
@@ -559,18 +568,39 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 @registry.register("silu_mul_backward", "cpu", supports=supports_values)
 def silu_mul_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    need_gate: bool,
+    need_up: bool,
+    activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Backward; see :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
-    grad, gate = grad.contiguous(), gate.contiguous()
-    up = None if up is None else up.contiguous()
-    grad_gate = _new(gate, *gate.shape) if need_gate else None
-    grad_up = _new(gate, *gate.shape) if need_up else None
+    return _gate_backward(grad.contiguous(), gate, up, None, need_gate, need_up, activation, free)
+
+
+def _gate_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    out: Tensor | None,
+    need_gate: bool,
+    need_up: bool,
+    activation: str,
+    free: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of gate and up; writes the product of the forward pass to ``out``, which may be ``grad``."""
+    gate, up = gate.contiguous(), None if up is None else up.contiguous()
+    grad_gate = _gradient_memory(gate, need_gate, free[0])
+    grad_up = _gradient_memory(gate if up is None else up, need_up, free[1] and up is not None)
     native.silu_mul_backward(
         chosen_isa(),
+        ACTIVATIONS.index(activation),
         grad.data_ptr(),
         gate.data_ptr(),
         _address(up),
+        _address(out),
         _address(grad_gate),
         _address(grad_up),
         _DTYPE_CODE[gate.dtype],
@@ -578,6 +608,12 @@ def silu_mul_backward(
         torch.get_num_threads(),
     )
     return grad_gate, grad_up
+
+
+def _gradient_memory(operand: Tensor, need: bool, free: bool) -> Tensor | None:
+    if not need:
+        return None
+    return operand if free else _new(operand, *operand.shape)
 
 
 # ---- gated_lora_linear
@@ -598,15 +634,22 @@ def gated_lora_linear_backward(
     need_gate: bool,
     need_up: bool,
     need_lora: Sequence[bool],
+    activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
-    need_x = need_gate or need_up
-    x = None
-    if any(need_lora[: len(adapters)]):
-        assert up is not None
-        x = silu_mul(gate, up)
-    grad_x, grad_A, grad_B = lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
-    del x
-    if grad_x is None:
-        return None, None, grad_A, grad_B
-    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
+    """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`.
+
+    One pass over gate and up gives their gradients and, written over the gradient of the product, its input again.
+    """
+    need_A = any(need_lora[: len(adapters)])
+    if grad.shape[0] == 0 or not (need_gate or need_up):
+        x = silu_mul(gate, up, activation) if need_A and up is not None else None
+        _none, grad_A, grad_B = lora_linear_backward(grad, x, weight, adapters, h, False, need_lora)
+        empty = [torch.empty_like(gate) if need else None for need in (need_gate, need_up)]
+        return empty[0], empty[1], grad_A, grad_B
+    grad = _rows(grad)
+    g = _inner_gradients(grad, adapters)
+    grad_x = _input_gradient(grad, weight, None, adapters, g)
+    x = grad_x if need_A else None
+    grads = _gate_backward(grad_x, gate, up, x, need_gate, need_up, activation, free)
+    return *grads, *_adapter_gradients(grad, x, adapters, g, h, need_lora)

@@ -257,6 +257,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=_COUNTED,
         ),
         Benchmark(
+            "traffic-saved-layer",
+            "memory that they keep per token with the SwiGLU between them, and the whole layer, recomputing or not",
+            "peftkern.bench.traffic.cases:saved_by_layer",
+            packages=_COUNTED,
+        ),
+        Benchmark(
             "gpu-numerics",
             "worst relative error against float64 of GPU kernels, executed and emulated without a GPU",
             "peftkern.gpu_check.executed:cases",

@@ -8,6 +8,7 @@ from peftkern.ops.importance import accumulate_importance_, importance_dot, prob
 from peftkern.ops.linear_cross_entropy import label_logprobs, linear_cross_entropy
 from peftkern.ops.lora_linear import lora_linear
 from peftkern.ops.lora_linear_group import lora_linear_group
+from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.mixed_lora_linear import mixed_lora_linear
 from peftkern.ops.quantize import quantize
@@ -30,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
+    "lora_mlp",
     "masked_linear",
     "mixed_lora_linear",
     "probe_dot",

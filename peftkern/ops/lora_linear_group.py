@@ -133,12 +133,13 @@ def _checked(x: Any, members: Any) -> list[Member]:
     """``members`` with lists where sequences of any kind were given."""
     if not members:
         raise ValueError("lora_linear_group: members must hold at least one layer")
-    return [_checked_member(x, member) for member in members]
+    return [check_member("lora_linear_group", x, member) for member in members]
 
 
-def _checked_member(x: Any, member: Any) -> Member:
+def check_member(operation: str, x: Any, member: Any) -> Member:
+    """``member``, which multiplies x, with lists where sequences of any kind were given; raises as `lora_linear`."""
     if not isinstance(member, Member):
-        raise TypeError(f"lora_linear_group: members must hold Member objects, got {type(member).__name__}")
+        raise TypeError(f"{operation}: its layers must be Member objects, got {type(member).__name__}")
     given = member.adapters
     adapters = check_adapters(given.lora_A, given.lora_B, given.scaling, given.dropout_p)
     check_call(x, member.weight, adapters, member.bias)

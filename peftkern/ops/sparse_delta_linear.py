@@ -119,7 +119,7 @@ def sparse_delta_linear(
     lists = (adapters.lora_A, adapters.lora_B, adapters.scaling, adapters.dropout_p)
     y: Tensor
     y, _ = torch.ops.peftkern.lora_linear(x, *flatten_weight(weight), *lists, seed, bias, backend)
-    return _add_by_operator(y, x, deltas, backend)
+    return add_by_operator(y, x, deltas, backend)
 
 
 def add_sparse_delta(
@@ -160,7 +160,7 @@ def add_sparse_delta(
     deltas = checked_deltas("add_sparse_delta", values, indices, scaling, shape, x.device)
     if is_plain_eager((y, x, *deltas.tensors())):
         return _apply_add(y, x, (deltas.indices, deltas.scaling, backend), *deltas.values)
-    return _add_by_operator(y.clone() if not deltas.values else y, x, deltas, backend)
+    return add_by_operator(y.clone() if not deltas.values else y, x, deltas, backend)
 
 
 # ---- checks
@@ -405,7 +405,8 @@ _INDICES_SCHEMA = "Tensor row_offsets, Tensor columns, Tensor column_offsets, Te
 _INDEX_TENSORS = 5
 
 
-def _add_by_operator(y: Tensor, x: Tensor, deltas: Deltas, backend: str | None) -> Tensor:
+def add_by_operator(y: Tensor, x: Tensor, deltas: Deltas, backend: str | None) -> Tensor:
+    """y + Σ scaling · x Sᵀ, every sum an operator's."""
     for values, indices, scaling in deltas:
         y = torch.ops.peftkern.sparse_delta(y, x, values, *indices.tensors(), scaling, backend)
     return y

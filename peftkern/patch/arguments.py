@@ -17,7 +17,9 @@ from peftkern.formats import BitMask, SparseIndices
 from peftkern.nn.masked_linear import mask_of
 from peftkern.nn.sparse_linear import deltas_of
 from peftkern.ops.lora_linear import Adapters, Weight, weight_tensors
+from peftkern.ops.lora_linear_group import Member
 from peftkern.ops.mixed_lora_linear import NO_ADAPTER
+from peftkern.ops.sparse_delta_linear import Deltas
 from peftkern.patch.weights import NotFused, original_class, read_weight
 
 _LORA_LAYERS = (
@@ -70,6 +72,14 @@ class LayerArguments:
     def adapters(self) -> Adapters:
         """The adapters, without a seed."""
         return Adapters(self.lora_A, self.lora_B, self.scaling, self.dropout_p, None)
+
+    def member(self) -> Member:
+        """The layer as `lora_linear_group` takes it: without deltas and mask."""
+        return Member(self.weight, self.adapters(), self.total_bias())
+
+    def deltas(self) -> Deltas:
+        """The running deltas."""
+        return Deltas(self.values, self.indices, self.delta_scaling)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the product for an input of ``dtype``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from peftkern.patch.experts import holds_packed_experts
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
+from peftkern.patch.recompute import KEEPS, MADE_AGAIN, read_block
 from peftkern.patch.report import PatchRow
 from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
@@ -57,6 +58,7 @@ class Finding:
         row: in the report, if it gets one.
         layer_class: its fused class, if it is to be patched.
         arguments: of its product, if it has one that runs now.
+        recompute: what it makes again in the backward pass, as `patch` takes it; of gated blocks alone.
         group: names of the layers that it shares its input with, itself included; empty where it has none.
     """
 
@@ -65,6 +67,7 @@ class Finding:
     row: PatchRow | None
     layer_class: type | None = None
     arguments: LayerArguments | None = None
+    recompute: str | None = None
     group: tuple[str, ...] = ()
 
 
@@ -76,7 +79,7 @@ class _Setting:
     dtype: torch.dtype
 
 
-def examine(model: nn.Module, backend: str | None, logits: bool = True) -> list[Finding]:
+def examine(model: nn.Module, backend: str | None, logits: bool = True, recompute: str | None = None) -> list[Finding]:
     """All modules of ``model`` that `patch` has something to say about, outermost first; language models at the end.
 
     Raises:
@@ -88,6 +91,7 @@ def examine(model: nn.Module, backend: str | None, logits: bool = True) -> list[
     for group in sibling_groups(_in_features(findings.values())):
         members = [findings[name] for name in group]
         findings |= {finding.name: finding for finding in _in_group(members, setting)}
+    findings |= {finding.name: finding for finding in _recomputing(findings, recompute, setting)}
     return [*findings.values(), *whole]
 
 
@@ -265,12 +269,12 @@ def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
     try:
         if has_own_forward(block):
             raise NotFused(OWN_FORWARD)
-        fused.check_activation(block.act_fn)
+        activation = fused.read_activation(block.act_fn)
     except NotFused as refusal:
         return Finding(name, block, _left(name, block, str(refusal)))
     device = next((parameter.device for parameter in block.parameters()), None)
     gate = torch.empty(1, dtype=setting.dtype, device=device)
-    choice = registry.choose("silu_mul", gate, gate, backend=setting.backend)
+    choice = registry.choose("silu_mul", gate, gate, activation, backend=setting.backend)
     kernel = f"silu_mul on {choice.backend}"
     row = PatchRow(name, _class_name(block), "", "fused", kernel, wanted=True, calls_left=_calls(block))
     return Finding(name, block, row, fused.fused_class(original_class(type(block))))
@@ -320,6 +324,47 @@ def _check_layer(layer: Any) -> Tensor | QuantizedTensor:
         raise NotFused(OWN_FORWARD)
     check_base(layer.base_layer)
     return read_weight(layer.base_layer)
+
+
+# ---- gated blocks that make again what they need
+
+
+def _recomputing(findings: Mapping[str, Finding], recompute: str | None, setting: _Setting) -> Iterator[Finding]:
+    """The fused gated blocks, with what they make again in the backward pass."""
+    for finding in findings.values():
+        asked = recompute or _recompute(finding.module)
+        if asked is None or finding.row is None or finding.layer_class is None:
+            continue
+        if not is_gated_mlp(original_class(type(finding.module))):
+            continue
+        why = _why_not_recomputed(finding, findings, setting)
+        note = f"{KEEPS}: {why}" if why else MADE_AGAIN[asked]
+        kernel = finding.row.kernel if why else finding.row.kernel.replace("silu_mul", "lora_mlp")
+        row = replace(finding.row, kernel=kernel, reason="; ".join(filter(None, [finding.row.reason, note])))
+        yield replace(finding, row=row, recompute=asked)
+
+
+def _recompute(module: nn.Module) -> str | None:
+    """What an earlier `patch` asked for."""
+    state = module.__dict__.get(STATE)
+    return None if state is None else state.recompute
+
+
+def _why_not_recomputed(finding: Finding, findings: Mapping[str, Finding], setting: _Setting) -> str:
+    """Empty where nothing stands against it."""
+    taken = {id(found.module) for found in findings.values() if found.layer_class is not None}
+
+    def check(layer: nn.Module) -> None:
+        if id(layer) not in taken:
+            raise NotFused("it is left on its own code")
+
+    device = next((parameter.device for parameter in finding.module.parameters()), None)
+    x = torch.empty(1, dtype=setting.dtype, device=device)
+    try:
+        read_block(finding.module, x, check)
+    except NotFused as refusal:
+        return str(refusal)
+    return ""
 
 
 # ---- layers that share their input

@@ -7,8 +7,9 @@ a fused layer needs sits in one entry of its `__dict__`, and goes when the layer
            + Σₖ sₖ x Sₖᵀ                                     k over the sparse deltas of its base layer
     W is W ⊙ M where the base layer has a mask M
     y = c ⊙ (x Wᵀ + s (x Aᵀ) Bᵀ) + b                         where the one active adapter is DoRA's
-    y = down(silu(gate(x)) ⊙ up(x))                          a gated block, over layers of any kind; where down is
-                                                             fused too, its input is not kept but made again
+    y = down(a(gate(x)) ⊙ up(x))                             a gated block, over layers of any kind; where down is
+                                                             fused too, its input is not kept but made again, and
+                                                             on request gate(x) and up(x) are as well
     loss = cross_entropy(head(hidden), labels)               a language model in training, without its logits
 
 Whatever this does not cover raises `NotFused` and then runs what the original runs, counted and logged.
@@ -50,8 +51,9 @@ from peftkern.patch.arguments import (
     read_lora,
     running_adapters,
 )
-from peftkern.patch.gated import is_gated_mlp, is_silu
+from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
+from peftkern.patch.recompute import KEEPS, read_block, run_block
 from peftkern.patch.weights import KNOWN_TENSORS, LastMade, NotFused, base_kind, original_class
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class LayerState:
     Attributes:
         name: of the layer in its model, for the log.
         backend: which every call of this layer must use; `None` lets the table of backends decide.
+        recompute: what a gated block makes again in the backward pass, as `patch` takes it.
         shared: the group of layers that this one shares its input with; `None` where it has none.
         warned: reasons that some layer of the model has already warned about; shared by all of them.
         calls_left: how many calls ran the original forward, by reason.
@@ -83,6 +86,7 @@ class LayerState:
     name: str
     backend: str | None
     warned: set[str]
+    recompute: str | None = None
     shared: SharedInput | None = None
     calls_left: Counter[str] = field(default_factory=Counter)
     unused: int = 0
@@ -94,11 +98,11 @@ class LayerState:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "views": LastMade(), "squares": LastMade()}
 
-    def note(self, reason: str) -> None:
+    def note(self, reason: str, instead: str = "runs its original forward") -> None:
         """Count a call that the fused path did not take; the model warns once per reason, each layer logs once."""
         self.calls_left[reason] += 1
         if self.calls_left[reason] == 1:
-            self.warn("runs its original forward", reason)
+            self.warn(instead, reason)
 
     def warn(self, what: str, reason: str) -> None:
         """Log what this layer does and why; the model warns of each reason once."""
@@ -234,9 +238,31 @@ def _language_model_forward(original: Any) -> Callable[..., Any]:
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
-        return _gated_down(self, self.gate_proj(x), self.up_proj(x))
+        y = _recomputed_block(self, x)
+        return _gated_down(self, self.gate_proj(x), self.up_proj(x)) if y is None else y
     # the results of gate_proj and up_proj are not named here: without gradients they are freed before down_proj runs
     return self.down_proj(_gated(self, self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def _recomputed_block(block: Any, x: Tensor) -> Tensor | None:
+    """The block as one operation that keeps x; `None` where it was not asked for, or cannot be."""
+    state = block.__dict__[STATE]
+    if state.recompute is None:
+        return None
+    try:
+        activation = read_activation(block.act_fn)
+        layers = read_block(block, x, _check_in_block)
+    except NotFused as refusal:
+        state.note(str(refusal), KEEPS)
+        return None
+    return run_block(x, layers, activation, state.recompute, state.backend)
+
+
+def _check_in_block(layer: nn.Module) -> None:
+    if not is_fused(layer):
+        raise NotFused("it is not patched")
+    if layer.__dict__[STATE].rows is not None:
+        raise NotFused("rows of the batch have adapters of their own")
 
 
 def _gated_down(block: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -256,6 +282,7 @@ def _gated_down(block: Any, gate: Tensor, up: Tensor) -> Tensor:
         values=arguments.values,
         indices=arguments.indices,
         delta_scaling=arguments.delta_scaling,
+        activation=read_activation(block.act_fn),
         backend=block.down_proj.__dict__[STATE].backend,
     )
 
@@ -269,7 +296,7 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
     if state.backend != block.__dict__[STATE].backend or state.rows is not None:
         return None
     try:
-        check_activation(block.act_fn)
+        read_activation(block.act_fn)
         _check_gate(gate, up)
         arguments = read_layer(down, gate)
     except NotFused:  # whatever runs instead says why
@@ -283,21 +310,23 @@ def _arguments_behind_gate(block: Any, gate: Tensor, up: Tensor) -> LayerArgumen
 def _gated(block: Any, gate: Tensor, up: Tensor) -> Tensor:
     state = block.__dict__[STATE]
     try:
-        check_activation(block.act_fn)
+        activation = read_activation(block.act_fn)
         _check_gate(gate, up)
     except NotFused as refusal:
         state.note(str(refusal))
     else:
-        return silu_mul(gate, up, backend=state.backend)
+        return silu_mul(gate, up, activation=activation, backend=state.backend)
     return block.act_fn(gate) * up  # type: ignore[no-any-return]
 
 
-def check_activation(activation: Any) -> None:
-    """Raise `NotFused` unless calling ``activation`` is SiLU and nothing more."""
-    if not is_silu(activation):
-        raise NotFused(f"the activation is {type(activation).__name__}, not SiLU")
+def read_activation(activation: Any) -> str:
+    """What calling ``activation`` computes; raises `NotFused` where the kernels do not, or it does more."""
+    name = activation_name(activation)
+    if name is None:
+        raise NotFused(f"the activation is {type(activation).__name__}, not SiLU or GELU")
     if is_hooked(activation):
         raise NotFused("the activation has hooks, which the fused product would skip")
+    return name
 
 
 def _check_gate(gate: Tensor, up: Tensor) -> None:

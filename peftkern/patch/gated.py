@@ -1,5 +1,7 @@
 """The gated feed-forward blocks of transformers that compute ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
 
+Which activations of theirs the kernels compute is told by class as well.
+
 A block is known by the `forward` of its class. A class that somebody else has given another `forward`, or another class
 put in its place, is not one of these.
 """
@@ -85,7 +87,24 @@ def is_gated_mlp(block_class: type) -> bool:
     return getattr(known, "forward", None) is forward
 
 
-def is_silu(activation: Any) -> bool:
-    """Whether calling ``activation`` is SiLU."""
-    activations: Any = sys.modules.get("transformers.activations")
-    return type(activation) is nn.SiLU or (activations is not None and type(activation) is activations.SiLUActivation)
+# class of transformers.activations -> what it computes, in the words of `peftkern.ops.silu_mul`
+_ACTIVATIONS = {
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+}
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+"""By the argument ``approximate`` of PyTorch."""
+
+
+def activation_name(activation: Any) -> str | None:
+    """What calling ``activation`` computes, in the words of `peftkern.ops.silu_mul`; ``None``: something else."""
+    activation_class = type(activation)
+    if activation_class is nn.SiLU:
+        return "silu"
+    if activation_class is nn.GELU:
+        return _GELU.get(activation.approximate)
+    theirs = sys.modules.get("transformers.activations")
+    known = getattr(theirs, activation_class.__name__, None)
+    return _ACTIVATIONS.get(activation_class.__name__) if known is activation_class else None

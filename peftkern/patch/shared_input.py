@@ -263,7 +263,7 @@ def _state(layer: nn.Module) -> LayerState:
 
 def group_members(layers: Sequence[LayerArguments]) -> list[Member]:
     """The layers as `lora_linear_group` takes them."""
-    return [Member(layer.weight, layer.adapters(), layer.total_bias()) for layer in layers]
+    return [layer.member() for layer in layers]
 
 
 def _context(x: Tensor) -> tuple[Any, ...]:

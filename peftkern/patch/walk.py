@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from peftkern.backends import registry
+from peftkern.ops.lora_mlp import RECOMPUTE
 from peftkern.patch import fused
 from peftkern.patch.examine import Finding, examine
 from peftkern.patch.fused import STATE, LayerState
@@ -26,11 +27,18 @@ class PatchError(RuntimeError):
     """`patch` or `unpatch` could not do what it was asked to; the model is as it was."""
 
 
-def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False, logits: bool = True) -> PatchReport:
+def patch(
+    model: nn.Module,
+    *,
+    kernels: str = "auto",
+    strict: bool = False,
+    logits: bool = True,
+    recompute: str | None = None,
+) -> PatchReport:
     """Let the linear layers of ``model`` that are quantized or carry LoRA adapters run on fused kernels, in place.
 
     Takes the LoRA layers of PEFT over dense, bitsandbytes (4 and 8 bit) and `QuantizedLinear` bases, bitsandbytes
-    layers without adapter, and the feed-forward blocks of `transformers` that SiLU gates, whatever layers they hold:
+    layers without adapter, and the feed-forward blocks of `transformers` that SiLU or GELU gates, over any layers:
     those keep two tensors for the backward pass instead of three. Layers with sparse deltas (`peftkern.sparse`), with
     adapters over them or without, run base, adapters and deltas as one operation; adapters over a masked weight run as
     one with it. Only the class of these instances changes, to a subclass of itself. Adapters may be added, switched,
@@ -43,6 +51,12 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False, logi
     head and nothing else do so without them in training, when they are given labels: tokens without a label cost
     nothing, and ``logits`` of the output is ``None``. Without labels, in evaluation mode, with ``logits_to_keep`` or
     under ``torch.compile`` their own forward runs. A head with adapters keeps the logits, and the report says so.
+
+    With ``recompute="mlp"``, a gated block keeps its input for the backward pass and none of the wider tensors inside,
+    which it makes again there at the price of two products. ``"up"`` makes again the half that is not gated, one
+    product. The numbers are the same. A block whose layers do more than their product (hooks,
+    masks, adapters other than LoRA) keeps what it kept, and the report says why. What was asked for holds until
+    `unpatch`.
 
     Where a backend has a form for it, layers that a block calls with one and the same tensor (queries, keys and values;
     the two halves of a gated block) are computed as one group, and the report says so. A block that does not ask for
@@ -58,20 +72,25 @@ def patch(model: nn.Module, *, kernels: str = "auto", strict: bool = False, logi
             has to be left alone.
         logits: whether language models give logits in training although they are given labels. Some trainers read them.
 
+        recompute: what gated blocks make again in the backward pass: ``"mlp"``, ``"up"``, or ``None`` for nothing that
+            was not asked for before.
+
     Returns:
         A report with one row per module; ``str(report)`` groups the layers of a model.
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: ``kernels`` names no backend.
+        ValueError: ``kernels`` names no backend, or ``recompute`` is unknown.
         PatchError: with ``strict``, a module could not be taken; or ``kernels`` cannot run one. The model is unchanged.
     """
     _check_model("patch", model)
     if kernels != "auto" and kernels not in registry.PREFERENCE:
         raise ValueError(f"patch: kernels must be 'auto' or one of {list(registry.PREFERENCE)}, got {kernels!r}")
+    if recompute is not None and recompute not in RECOMPUTE:
+        raise ValueError(f"patch: recompute must be one of {', '.join(RECOMPUTE)} or None, got {recompute!r}")
     backend = None if kernels == "auto" else kernels
     try:
-        findings = examine(model, backend, logits)
+        findings = examine(model, backend, logits, recompute)
     except registry.BackendError as error:
         raise PatchError(f"patch: kernels={kernels!r}: {error}; the model is unchanged") from error
     report = PatchReport(tuple(finding.row for finding in findings if finding.row is not None))
@@ -152,9 +171,9 @@ def _swap(findings: list[Finding], backend: str | None) -> None:
                 continue
             module, before = finding.module, finding.module.__dict__.get(STATE)
             done.append((module, type(module), before))
-            state = LayerState(finding.name, backend, warned)
+            state = LayerState(finding.name, backend, warned, finding.recompute)
             if before is not None:
-                state = replace(before, name=finding.name, backend=backend, shared=None)
+                state = replace(before, name=finding.name, backend=backend, recompute=finding.recompute, shared=None)
             module.__dict__[STATE] = state
             if not fused.is_fused(module):
                 fused.set_class(module, finding.layer_class)

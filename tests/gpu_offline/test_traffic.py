@@ -275,6 +275,17 @@ def test_what_the_linear_layers_keep(steps: cases.Steps) -> None:
     assert saved_bytes(steps.ours) <= 0.5 * saved_bytes(steps.peer)
 
 
+def test_what_the_layer_keeps_when_it_recomputes() -> None:
+    figures = {one.case: (one.ours[0], one.peer[0]) for one in cases.saved_by_layer()}
+    linears = {case: both for case, both in figures.items() if case.startswith("linear layers and SwiGLU")}
+    limits = {"nothing recomputed": 81, "recompute='up'": 56, "recompute='mlp'": 28}
+    for what, limit in limits.items():
+        ours, peer = linears[f"linear layers and SwiGLU, {what}"]
+        assert ours <= limit
+        assert round(peer) == 136
+    assert figures["whole layer, recompute='mlp'"][0] <= 0.4 * figures["whole layer, recompute='mlp'"][1]
+
+
 def test_nothing_is_moved_out_of_the_linear_layers(steps: cases.Steps) -> None:
     """Outside of the feed-forward block both sides launch the same kernels; in it ours launches its gate alone."""
     ours, peer = (

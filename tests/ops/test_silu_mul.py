@@ -109,6 +109,57 @@ def test_extreme_values(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(y.isnan(), up.isnan()) and torch.equal(y.isinf(), up.isinf())
 
 
+# ---- the other activations
+
+GELUS = {"gelu": "none", "gelu_tanh": "tanh"}
+"""By what PyTorch calls them."""
+
+
+def run_gelu(inputs: Inputs, activation: str, backend: str) -> Inputs:
+    gate, up = (tensor.detach().clone().requires_grad_() for tensor in inputs[:2])
+    y = ops.silu_mul(gate, up, activation=activation, backend=backend)
+    return y.detach(), *torch.autograd.grad(y, (gate, up), inputs[2])
+
+
+def true_gelu(inputs: Inputs, activation: str) -> Inputs:
+    gate, up = (tensor.detach().double().requires_grad_() for tensor in inputs[:2])
+    y = torch.nn.functional.gelu(gate, approximate=GELUS[activation]) * up
+    return y.detach(), *torch.autograd.grad(y, (gate, up), inputs[2].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", GELUS)
+def test_gelu_agrees_with_float64(backend: str, dtype: torch.dtype, activation: str) -> None:
+    skip_what_the_backend_lacks(backend, dtype)
+    for shape in ((), (257,), (5, 4099), (0,), LARGER_THAN_A_TASK):
+        inputs = make_inputs(shape, dtype)
+        results, expected = run_gelu(inputs, activation, backend), true_gelu(inputs, activation)
+        assert all(result.dtype == dtype for result in results)
+        assert max(map(relative_error, results, expected)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("activation", GELUS)
+def test_each_element_of_gelu_is_accurate(backend: str, activation: str) -> None:
+    # further down PyTorch's own tanh form cancels in float64 as well
+    gate = torch.cat([torch.linspace(-5, 90, 20011), torch.logspace(-37, 2, 4001), -torch.logspace(-37, 0.7, 4001)])
+    inputs = (gate, torch.ones_like(gate), torch.ones_like(gate))
+    y, grad_gate, grad_up = run_gelu(inputs, activation, backend)
+    expected, expected_gate, _ = true_gelu(inputs, activation)
+    assert torch.equal(grad_up, y)
+    assert torch.allclose(y.double(), expected, rtol=4e-6, atol=1e-37)
+    assert torch.allclose(grad_gate.double(), expected_gate, rtol=4e-6, atol=3e-7)  # it has a zero at -0.75
+
+
+@pytest.mark.parametrize("activation", GELUS)
+def test_extreme_values_of_gelu(backend: str, activation: str) -> None:
+    gate = torch.tensor([0.0, -0.0, math.inf, math.nan, 3e38, -3e38, 60.0, -60.0, 1e25, -1e25])
+    y, grad_gate, _ = run_gelu((gate, torch.ones(10), torch.ones(10)), activation, backend)
+    expected = torch.tensor([0.0, 0.0, math.inf, math.nan, 3e38, 0.0, 60.0, 0.0, 1e25, 0.0])
+    assert torch.allclose(y, expected, rtol=0.0, atol=0.0, equal_nan=True)
+    slopes = torch.tensor([0.5, 0.5, 1.0, 0.0, 1.0, 0.0])
+    assert torch.allclose(grad_gate[[0, 1, 4, 5, 6, 7]], slopes, rtol=1e-6, atol=0.0)
+
+
 # ---- layouts
 
 
@@ -208,12 +259,12 @@ def test_compiles_as_one_graph(backend: str, dtype: torch.dtype) -> None:
         assert_same_bits(compiled, eager)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_operator_contract(backend: str, transposed: bool) -> None:
+@pytest.mark.parametrize(("transposed", "activation"), [(False, "silu"), (True, "silu"), (False, "gelu")])
+def test_operator_contract(backend: str, transposed: bool, activation: str) -> None:
     gate, up, _ = make_inputs((9, 33))
     gate = (gate.t() if transposed else gate).requires_grad_()
     up = (up.t() if transposed else up).requires_grad_()
-    torch.library.opcheck(torch.ops.peftkern.silu_mul.default, (gate, up, backend))
+    torch.library.opcheck(torch.ops.peftkern.silu_mul.default, (gate, up, activation, backend))
 
 
 @pytest.mark.parametrize("dtype", NATIVE_DTYPES)

@@ -68,13 +68,14 @@ def gated_lora_linear_backward(
     need_gate: bool,
     need_up: bool,
     need_lora: Sequence[bool],
+    free: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference` for shapes."""
     member, need_x = Member(weight, adapters, None), need_gate or need_up
     grad_x, (grad_A,), (grad_B,) = group_backward([grad], gate, [member], h, need_x, [need_lora], up)
     if grad_x is None:
         return None, None, grad_A, grad_B
-    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
+    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up, free), grad_A, grad_B
 
 
 # ---- a group

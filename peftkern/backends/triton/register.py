@@ -19,6 +19,7 @@ from peftkern.formats import BitMask, QuantizedTensor, SparseIndices
 from peftkern.ops.adamw import Coefficients, Scale
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.select_top import Scored
+from peftkern.ops.silu_mul import NOTHING_FREE
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
@@ -179,34 +180,66 @@ def lora_linear_group_backward(
 # ---- silu_mul
 
 
-def _supports_silu_mul(tensor: Tensor, *_rest: Any) -> str | None:
+def _objection_to_gate(tensor: Tensor, activation: str) -> str | None:
     objection = _objection(tensor)
-    return f"{tensor.dtype} tensors" if objection is None and tensor.dtype not in _DTYPES else objection
+    if objection is not None:
+        return objection
+    if activation != "silu":
+        return f"activation {activation}"
+    return None if tensor.dtype in _DTYPES else f"{tensor.dtype} tensors"
+
+
+def _supports_silu_mul(gate: Tensor, _up: Tensor, activation: str = "silu", *_rest: Any) -> str | None:
+    return _objection_to_gate(gate, activation)
 
 
 @registry.register("silu_mul", "triton", supports=_supports_silu_mul)
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """See :func:`peftkern.ops.silu_mul.silu_mul`."""
+def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu", out: Tensor | None = None) -> Tensor:
+    """See :func:`peftkern.ops.silu_mul.silu_mul_reference`."""
     from peftkern.backends.triton.silu_mul import silu_mul
 
-    return silu_mul(gate, up)
+    return silu_mul(gate, up, out)
 
 
-@registry.register("silu_mul_backward", "triton", supports=_supports_silu_mul)
+def _supports_silu_mul_backward(
+    grad: Tensor, _gate: Tensor, _up: Any, _need_gate: bool, _need_up: bool, activation: str = "silu", *_rest: Any
+) -> str | None:
+    return _objection_to_gate(grad, activation)
+
+
+@registry.register("silu_mul_backward", "triton", supports=_supports_silu_mul_backward)
 def silu_mul_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    need_gate: bool,
+    need_up: bool,
+    activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
     from peftkern.backends.triton.silu_mul import silu_mul_backward
 
-    return silu_mul_backward(grad, gate, up, need_gate, need_up)
+    return silu_mul_backward(grad, gate, up, need_gate, need_up, free)
 
 
 # ---- gated_lora_linear
 
 
-def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: Weight, *_rest: Any) -> str | None:
-    return _objection_to_product(grad, [weight])
+def _supports_gated_backward(
+    grad: Tensor,
+    _gate: Tensor,
+    _up: Any,
+    weight: Weight,
+    _adapters: Adapters,
+    _h: Tensor,
+    _need_gate: bool,
+    _need_up: bool,
+    _need_lora: Any,
+    activation: str = "silu",
+    *_rest: Any,
+) -> str | None:
+    return _objection_to_product(grad, [weight]) or _objection_to_gate(grad, activation)
 
 
 @registry.register("gated_lora_linear_backward", "triton", supports=_supports_gated_backward)
@@ -220,11 +253,13 @@ def gated_lora_linear_backward(
     need_gate: bool,
     need_up: bool,
     need_lora: Sequence[bool],
+    activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """See :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
     from peftkern.backends.triton.lora_linear import gated_lora_linear_backward
 
-    return gated_lora_linear_backward(grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora)
+    return gated_lora_linear_backward(grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora, free)
 
 
 # ---- masked_linear

@@ -47,10 +47,10 @@ def silu_mul_backward_kernel(
         tl.store(grad_up + elements, (incoming * value * sigmoid).to(grad_up.dtype.element_ty), mask=mask)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """Forward. Tensors that are not contiguous are copied first."""
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """Forward; see :func:`peftkern.ops.silu_mul.silu_mul_reference`. Tensors that are not contiguous are copied."""
     gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
+    y = torch.empty_like(gate) if out is None else out
     if y.numel() > 0:
         launch(
             silu_mul_kernel,
@@ -68,13 +68,13 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def silu_mul_backward(
-    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool
+    grad: Tensor, gate: Tensor, up: Tensor | None, need_gate: bool, need_up: bool, free: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Backward; see :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
     grad, gate = grad.contiguous(), gate.contiguous()
     up = None if up is None else up.contiguous()
-    grad_gate = torch.empty_like(gate) if need_gate else None
-    grad_up = torch.empty_like(gate) if need_up else None
+    grad_gate = _gradient_memory(gate, need_gate, free[0])
+    grad_up = _gradient_memory(gate if up is None else up, need_up, free[1] and up is not None)
     if gate.numel() > 0:
         launch(
             silu_mul_backward_kernel,
@@ -95,3 +95,9 @@ def silu_mul_backward(
             BLOCK=_BLOCK,
         )
     return grad_gate, grad_up
+
+
+def _gradient_memory(operand: Tensor, need: bool, free: bool) -> Tensor | None:
+    if not need:
+        return None
+    return operand if free else torch.empty_like(operand)

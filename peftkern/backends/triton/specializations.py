@@ -325,7 +325,7 @@ class GateCase:
 
         gate = _empty(2048, 14336, dtype=self.dtype)
         with recording() as launches:
-            silu_mul_backward(silu_mul(gate, gate), gate, gate, True, True)
+            silu_mul_backward(silu_mul(gate, gate), gate, gate, True, True, (False, False))
         return launches
 
 

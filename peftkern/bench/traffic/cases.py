@@ -1,4 +1,5 @@
-"""Cases of ``traffic-launches``, ``traffic-bytes`` and ``traffic-saved``: the linear layers of one decoder layer.
+"""Cases of ``traffic-launches``, ``traffic-bytes`` and ``traffic-saved``: the linear layers of one decoder layer; and
+of ``traffic-saved-layer``: those with the feed-forward block around them, and the whole layer.
 
 Counted and not timed: every launch reads and writes memory once for each of its operands, however well a cache would
 serve it, on both sides alike. Our paths are those that an H100 would take. bitsandbytes takes the same on every GPU.
@@ -6,7 +7,7 @@ serve it, on both sides alike. Our paths are those that an H100 would take. bits
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,13 @@ from peftkern.bench.case import Measurement
 from peftkern.bench.result import Quantity
 from peftkern.bench.traffic.counter import Step
 from peftkern.bench.traffic.layer import LLAMA_3_8B, TOKENS, Shape, count_step, our_layer, peer_layer
-from peftkern.bench.traffic.linears import of_linears, saved_bytes, total
+from peftkern.bench.traffic.linears import (
+    of_linears,
+    saved_bytes,
+    saved_bytes_of_layer,
+    saved_bytes_with_block,
+    total,
+)
 
 ADAPTERS: Mapping[str, torch.dtype] = {
     "bf16 adapters": torch.bfloat16,
@@ -26,6 +33,19 @@ ADAPTERS: Mapping[str, torch.dtype] = {
 
 GPU = devices.H100
 GIGABYTE, MEGABYTE = 1e9, 1e6
+KIBIBYTE = 1024
+
+RECOMPUTED: Mapping[str | None, str] = {
+    None: "nothing recomputed",
+    "up": "recompute='up'",
+    "mlp": "recompute='mlp'",
+}
+"""By the argument of `peftkern.patch`."""
+
+SCOPES: Mapping[str, Callable[[Step], int]] = {
+    "linear layers and SwiGLU": saved_bytes_with_block,
+    "whole layer": saved_bytes_of_layer,
+}
 
 
 @dataclass(frozen=True)
@@ -71,3 +91,14 @@ def saved() -> Iterator[Measurement]:
         steps = count_both(dtype)
         ours, peer = (saved_bytes(step) / MEGABYTE for step in (steps.ours, steps.peer))
         yield Measurement(describe(adapter), "MB", Quantity.MEMORY, [ours], [peer])
+
+
+def saved_by_layer(shape: Shape = LLAMA_3_8B, tokens: int = TOKENS) -> Iterator[Measurement]:
+    """Measurements of ``traffic-saved-layer``, in KiB per token; adapters in bf16."""
+    peer = count_step(peer_layer(shape, torch.bfloat16), shape, tokens)
+    for recompute, what in RECOMPUTED.items():
+        with devices.assumed(GPU):
+            ours = count_step(our_layer(shape, torch.bfloat16, recompute), shape, tokens)
+        for scope, count in SCOPES.items():
+            figures = [count(step) / tokens / KIBIBYTE for step in (ours, peer)]
+            yield Measurement(f"{scope}, {what}", "KiB per token", Quantity.COUNT, figures[:1], figures[1:])

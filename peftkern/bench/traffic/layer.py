@@ -47,12 +47,12 @@ def peer_layer(shape: Shape, adapter_dtype: torch.dtype) -> nn.Module:
     return with_adapters(_decoder_layer(shape), bitsandbytes_linear, adapter_dtype)
 
 
-def our_layer(shape: Shape, adapter_dtype: torch.dtype) -> nn.Module:
-    """The same over our quantized layers, patched."""
+def our_layer(shape: Shape, adapter_dtype: torch.dtype, recompute: str | None = None) -> nn.Module:
+    """The same over our quantized layers, patched; ``recompute`` is as for `peftkern.patch`."""
     import peftkern
 
     layer = with_adapters(_decoder_layer(shape), quantized_linear, adapter_dtype)
-    peftkern.patch(layer, strict=True)
+    peftkern.patch(layer, strict=True, recompute=recompute)
     return layer
 
 

@@ -65,6 +65,17 @@ def saved_bytes(step: Step) -> int:
     return sum({saved.storage: saved.bytes for saved in step.saved if _is_kept_by_linear(saved)}.values())
 
 
+def saved_bytes_with_block(step: Step) -> int:
+    """The same with the feed-forward block around three of them."""
+    kept = (saved for saved in step.saved if _BLOCK in saved.module.split(".") or _is_inside(saved.module))
+    return sum({saved.storage: saved.bytes for saved in kept}.values())
+
+
+def saved_bytes_of_layer(step: Step) -> int:
+    """Memory that the whole decoder layer keeps for the backward pass: norms, rotary embedding and attention too."""
+    return sum({saved.storage: saved.bytes for saved in step.saved}.values())
+
+
 def total(kernels: Iterable[Kernel]) -> Total:
     """Launches, bytes and floating-point operations."""
     listed = list(kernels)
