@@ -19,7 +19,9 @@ from peftkern.integrations.registration import register_on_import
 from peftkern.patch import PatchReport, VerifyReport, adapters_by_row, patch, unpatch, verify
 
 if TYPE_CHECKING:
+    from peftkern.integrations import PackingCollator as PackingCollator
     from peftkern.integrations import QuantConfig as QuantConfig
+    from peftkern.integrations import check_packing as check_packing
     from peftkern.integrations import quantize_ as quantize_
     from peftkern.nn import QuantizedLinear as QuantizedLinear
     from peftkern.select.cofitune import CoFiTune as CoFiTune
@@ -40,10 +42,12 @@ _LAZY = {
     "HalfFineTuning": "peftkern.select.half_fine_tuning",
     "LISA": "peftkern.select.lisa",
     "LayerRange": "peftkern.select.presets",
+    "PackingCollator": "peftkern.integrations",
     "Preset": "peftkern.select.presets",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
     "RandomSelection": "peftkern.select.random_selection",
+    "check_packing": "peftkern.integrations",
     "quantize_": "peftkern.integrations",
 }
 
@@ -64,6 +68,7 @@ __all__ = [
     "GreenTrainer",
     "HalfFineTuning",
     "LayerRange",
+    "PackingCollator",
     "PatchReport",
     "Preset",
     "QuantConfig",
@@ -73,6 +78,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "adapters_by_row",
+    "check_packing",
     "ops",
     "optim",
     "patch",

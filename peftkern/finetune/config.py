@@ -100,6 +100,7 @@ class FinetuneConfig:
     epochs: float = _setting(1.0, "Passes over the data, unless --max-steps is given.", TRAINING)
     max_steps: int | None = _setting(None, "Optimizer steps.", TRAINING)
     batch_size: int = _setting(4, "Examples per forward pass.", TRAINING)
+    packing: bool = _setting(False, "Join the examples of a forward pass in one row, without padding.", TRAINING)
     gradient_accumulation: int = _setting(1, "Forward passes per optimizer step.", TRAINING)
     learning_rate: float = _setting(2e-4, "Peak learning rate of AdamW.", TRAINING)
     warmup: float = _setting(0.05, "Warm-up: steps, or below 1 the share of all steps.", TRAINING)

@@ -15,6 +15,7 @@ from rich.console import Console
 from peftkern.finetune import methods, selections
 from peftkern.finetune.config import FinetuneConfig
 from peftkern.finetune.encoding import PadRight, Splits, load_splits
+from peftkern.finetune.errors import InputError
 from peftkern.finetune.evaluation import HeldOutLoss, held_out_loss
 from peftkern.finetune.methods import METHODS
 from peftkern.finetune.modeling import (
@@ -30,7 +31,7 @@ from peftkern.finetune.output import OutputFolder
 from peftkern.finetune.plot import draw_loss_curve
 from peftkern.finetune.progress import Reporter
 from peftkern.finetune.selections import SELECTIONS
-from peftkern.finetune.training import TrainingRecord, train
+from peftkern.finetune.training import Collator, TrainingRecord, train
 from peftkern.finetune.versions import versions
 
 if TYPE_CHECKING:
@@ -56,9 +57,16 @@ class Session:
     started: float
 
     @property
-    def collate(self) -> PadRight:
-        """Makes batches of examples."""
+    def pad(self) -> PadRight:
+        """Makes batches of examples to evaluate, and to train on where they are not packed."""
         return PadRight(padding_token(self.tokenizer))
+
+    @property
+    def collate(self) -> Collator:
+        """Makes batches of examples to train on."""
+        from peftkern.integrations.packing import PackingCollator
+
+        return PackingCollator() if self.config.packing else self.pad
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,8 @@ def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, sta
     adapted = load_adapted_model(config, source, model_config, method)
     reporter.say(f"\n{source.name}: {adapted.quantization}; {_describe_method(config)}, {adapted.trained:,} numbers")
     reporter.say(f"{adapted.report}\n")
+    if config.packing:
+        _check_packing(adapted.model)
     session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
     if config.resume:
         noted = output.read_facts()[_BEFORE]
@@ -204,9 +214,18 @@ def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
         return None
     batch_size = session.config.batch_size
     with session.reporter.activity(what, total=len(examples)) as reporter:
-        loss = held_out_loss(session.adapted.model, examples, session.collate, batch_size, reporter.advance)
+        loss = held_out_loss(session.adapted.model, examples, session.pad, batch_size, reporter.advance)
     session.reporter.say(f"{what}: {loss.loss:.4f} (perplexity {loss.perplexity:.2f}, {loss.tokens} tokens)")
     return loss
+
+
+def _check_packing(model: Any) -> None:
+    from peftkern.integrations.packing import check_packing
+
+    try:
+        check_packing(model)
+    except ValueError as error:
+        raise InputError(f"--packing: {error}") from error
 
 
 def _longest_input(config: FinetuneConfig, model_config: Any, reporter: Reporter) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkern.finetune import memory
 from peftkern.finetune.config import FinetuneConfig
-from peftkern.finetune.encoding import Example, PadRight
+from peftkern.finetune.encoding import Example
 from peftkern.finetune.errors import InputError, InterruptedRunError, describe_write_failures
 from peftkern.finetune.output import OutputFolder
 from peftkern.finetune.progress import Reporter
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from peftkern.select.method import Method
 
 _KEPT_CHECKPOINTS = 2
+
+Collator = Callable[[Sequence[Example]], dict[str, Any]]
+"""Makes a batch of examples."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def train(
     model: Any,
     method: Method | None,
     examples: list[Example],
-    collate: PadRight,
+    collate: Collator,
     output: OutputFolder,
     reporter: Reporter,
 ) -> TrainingRecord:
@@ -109,7 +113,7 @@ def _make_trainer(
     model: Any,
     method: Method | None,
     examples: list[Example],
-    collate: PadRight,
+    collate: Collator,
     folder: Path,
     watch: Watch,
 ) -> Any:
@@ -134,7 +138,7 @@ def _make_trainer(
         save_total_limit=_KEPT_CHECKPOINTS,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="all" if config.packing else "non_padding",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),

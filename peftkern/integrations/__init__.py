@@ -12,13 +12,17 @@ from peftkern.integrations.registration import register, register_on_import
 
 if TYPE_CHECKING:
     from peftkern.integrations.bitsandbytes import config_from_pretrained as config_from_pretrained
+    from peftkern.integrations.packing import PackingCollator as PackingCollator
+    from peftkern.integrations.packing import check_packing as check_packing
     from peftkern.integrations.quant_config import QuantConfig as QuantConfig
     from peftkern.integrations.quantize import quantize_ as quantize_
     from peftkern.integrations.report import QuantizeReport as QuantizeReport
 
 _LAZY = {
+    "PackingCollator": "peftkern.integrations.packing",
     "QuantConfig": "peftkern.integrations.quant_config",
     "QuantizeReport": "peftkern.integrations.report",
+    "check_packing": "peftkern.integrations.packing",
     "config_from_pretrained": "peftkern.integrations.bitsandbytes",
     "quantize_": "peftkern.integrations.quantize",
 }
@@ -31,8 +35,10 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "PackingCollator",
     "QuantConfig",
     "QuantizeReport",
+    "check_packing",
     "config_from_pretrained",
     "quantize_",
     "register",

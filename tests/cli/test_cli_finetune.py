@@ -54,6 +54,21 @@ def test_a_run_learns_and_writes_everything(
         assert line in result.output
 
 
+def test_packing_learns_the_same_without_padding(
+    command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    summaries = []
+    for option in ((), ("--packing",)):
+        output = tmp_path / f"out{len(option)}"
+        result = command("finetune", model_folder, "--data", pairs_file, "--output", output, *option, *STEPS)
+        assert result.exit_code == 0, result.output
+        summaries.append(json.loads((output / "summary.json").read_text()))
+    padded, packed = summaries
+    assert packed["tokens"] == padded["tokens"]
+    losses = [[entry["loss"] for entry in summary["training_loss"]] for summary in (padded, packed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0][0] != losses[0][-1]
+
+
 def test_the_adapter_is_an_ordinary_one(command: Command, model_folder: Path, pairs_file: Path, tmp_path: Path) -> None:
     """PEFT alone, without our layers or kernels, reaches the loss that the summary says."""
     import peft

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that people fine-tune, as data: shared by the tests of `patch`."""
+"""Tiny random models of the families that people fine-tune, as data: shared by the tests of several layers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import peft
 import torch
 import transformers
-from patch_models import VOCABULARY, text
 from torch import Tensor
 
 import peftkern
 
+VOCABULARY = 96
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _BERT = {**_SIZES, "pad_token_id": 0, "intermediate_size": 96, "hidden_dropout_prob": 0.0}
@@ -60,22 +60,24 @@ class Family:
             peftkern.quantize_(model, peftkern.QuantConfig(base))
         return model
 
-    def with_lora(self, base: str, **options: Any) -> Any:
-        """The model with random adapters, B included."""
+    def with_lora(self, base: str, config: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """The model with random adapters, B included; ``config`` goes to `build`, the others to PEFT."""
         settings: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False}
         if self.parameters:
             settings["target_parameters"] = list(self.parameters)
-        model = self.build(base)
+        model = self.build(base, **(config or {}))
         return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **{**settings, **options}))
 
     def batch(self, seed: int = 3) -> dict[str, Tensor]:
-        batch = text(2, 9, seed)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, VOCABULARY, (2, 9), generator=generator)
+        batch = {"input_ids": ids, "labels": ids.clone()}
         if self.inputs == "text":
             return batch
         batch["labels"] = torch.tensor([0, 1])
         if self.inputs == "image":
             del batch["input_ids"]
-            batch["pixel_values"] = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+            batch["pixel_values"] = torch.randn(2, 3, 8, 8, generator=generator)
         return batch
 
 
