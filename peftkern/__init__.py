@@ -18,6 +18,9 @@ from peftkern.integrations.registration import register_on_import
 # This name is both a package and a function. Importing the package binds it first, then the function takes its place.
 from peftkern.patch import PatchReport, VerifyReport, adapters_by_row, patch, unpatch, verify
 
+# The same holds for this one.
+from peftkern.plan import Plan, plan
+
 if TYPE_CHECKING:
     from peftkern.integrations import PackingCollator as PackingCollator
     from peftkern.integrations import QuantConfig as QuantConfig
@@ -70,6 +73,7 @@ __all__ = [
     "LayerRange",
     "PackingCollator",
     "PatchReport",
+    "Plan",
     "Preset",
     "QuantConfig",
     "QuantizedLinear",
@@ -82,6 +86,7 @@ __all__ = [
     "ops",
     "optim",
     "patch",
+    "plan",
     "quantize_",
     "unpatch",
     "verify",

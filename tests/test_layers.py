@@ -9,7 +9,7 @@ import peftkern
 
 ROOT = Path(peftkern.__file__).parent
 LAYERS = [
-    *("formats", "ops", "optim", "nn", "patch", "integrations", "select", "sparse"),
+    *("formats", "ops", "optim", "nn", "patch", "integrations", "select", "sparse", "plan"),
     *("finetune", "tune", "bench", "gpu_check", "demo", "cli"),
 ]
 """From the lowest to the highest. `backends` stands beside them: whoever chooses a backend asks its registry."""

@@ -6,6 +6,7 @@ Scores, probabilities and errors of a chunk follow each other in one buffer of [
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,20 @@ from peftkern.ops.lora_linear import compute_dtype
 
 _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Of the scores of one chunk: more tokens make better use of the weight, which every chunk reads again."""
+
+_assumed_device: str | None = None
+
+
+@contextmanager
+def assuming(device: str) -> Iterator[None]:
+    """Inside, chunks are as long as they are on this type of device, whatever device the tensors are on."""
+    global _assumed_device
+    before, _assumed_device = _assumed_device, device
+    try:
+        yield
+    finally:
+        _assumed_device = before
+
 
 _FEWEST_ROWS = 64
 _MOST_ROWS = 1024
@@ -84,7 +99,7 @@ def _chunks(labels: Tensor, vocabulary: int, ignore_index: int) -> Iterator[Tens
     labelled = (labels != ignore_index).nonzero().squeeze(1)
     if len(labelled) == 0:
         return
-    rows = _BUFFER_BYTES[labels.device.type] // (4 * vocabulary)
+    rows = _BUFFER_BYTES[_assumed_device or labels.device.type] // (4 * vocabulary)
     rows = min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
     yield from labelled.tensor_split(-(-len(labelled) // rows))
 

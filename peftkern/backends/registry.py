@@ -10,7 +10,8 @@ import importlib
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -210,10 +211,32 @@ def describe(operation: str, *args: Any, backend: str | None = None) -> str:
 
 def run(operation: str, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
     """Run ``operation`` on the backend that :func:`choose` picks; a fallback is logged once per reason."""
+    if _stand_in is not None:
+        return _stand_in(operation, *args, **kwargs)
     choice = choose(operation, *args, backend=backend, **kwargs)
     if choice.reason not in ("forced", "first choice"):
         _report_fallback(operation, choice)
     return choice.function(*args, **kwargs)
+
+
+_stand_in: Callable[..., Any] | None = None
+
+
+@contextmanager
+def standing_in(function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, ``function(operation, *args, **kwargs)`` runs every operation in place of the backends."""
+    global _stand_in
+    before, _stand_in = _stand_in, function
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def reference(operation: str) -> Callable[..., Any]:
+    """The function that says in plain PyTorch what ``operation`` computes."""
+    _load_backends()
+    return _TABLE[operation]["reference"].function
 
 
 def _report_fallback(operation: str, choice: Choice) -> None:

@@ -221,6 +221,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.loss:cases",
         ),
         Benchmark(
+            "plan-accuracy",
+            "predicted peak memory of training SmolLM2-135M, before it is loaded, beside the measured one",
+            "peftkern.bench.plan_accuracy:cases",
+            packages=("peft",),
+        ),
+        Benchmark(
             "aot-spills",
             "spilled registers and local memory of every GPU kernel on every architecture, compiled without a GPU",
             "peftkern.bench.aot.cases:spills",

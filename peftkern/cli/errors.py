@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from peftkern.bench.errors import BenchError
 from peftkern.finetune.errors import InputError, InterruptedRunError, RunError
+from peftkern.plan.errors import PlanError
 from peftkern.tune.errors import TuneError
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -21,7 +22,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     """Print what goes wrong in this context as one line and leave with an exit code; with ``debug``, raise it."""
     try:
         yield
-    except InputError as error:
+    except (InputError, PlanError) as error:
         _leave(error, str(error), BAD_INPUT, debug)
     except InterruptedRunError as error:
         _leave(error, str(error), INTERRUPTED, debug)

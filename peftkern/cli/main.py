@@ -11,6 +11,7 @@ from peftkern.cli.bench import bench
 from peftkern.cli.demo import demo
 from peftkern.cli.doctor import doctor
 from peftkern.cli.finetune import finetune
+from peftkern.cli.plan import plan
 from peftkern.cli.tune import tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -31,5 +32,5 @@ def main(
     """Kernels for parameter-efficient fine-tuning: fine-tune, compare, and see what runs where."""
 
 
-for _command in (demo, finetune, bench, tune, doctor):
+for _command in (demo, finetune, plan, bench, tune, doctor):
     app.command()(_command)

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftkern.backends import registry
 from peftkern.formats import DoubleQuantization, QuantizedTensor
@@ -348,6 +349,7 @@ def lora_linear_backward_reference(
 
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, type(None)})
+_COUNTED_TYPES = _PLAIN_TYPES | {FakeTensor}
 
 
 def is_plain_eager(tensors: Sequence[Tensor], optional: Tensor | None = None) -> bool:
@@ -364,10 +366,11 @@ def is_plain_eager(tensors: Sequence[Tensor], optional: Tensor | None = None) ->
         return False
     if tensors[0].is_meta and not _counts_eager_calls:
         return False
-    if type(optional) not in _PLAIN_TYPES or (optional is not None and optional.is_neg()):
+    plain = _COUNTED_TYPES if _counts_eager_calls else _PLAIN_TYPES
+    if type(optional) not in plain or (optional is not None and optional.is_neg()):
         return False
     for tensor in tensors:
-        if type(tensor) not in _PLAIN_TYPES or tensor.is_neg():
+        if type(tensor) not in plain or tensor.is_neg():
             return False
     return _counts_eager_calls or _get_current_dispatch_mode() is None
 
@@ -377,9 +380,9 @@ _counts_eager_calls = False
 
 @contextmanager
 def counting_eager_calls() -> Iterator[None]:
-    """Inside, calls on the ``meta`` device take the way of plain eager calls even where a mode watches operators.
+    """Inside, calls with meta or fake tensors take the way of plain eager calls even where a mode watches operators.
 
-    For counting what a GPU is sent by the code that it runs; the mode sees what is below.
+    For counting what a device is sent by the code that it runs; the mode sees what is below.
     """
     global _counts_eager_calls
     _counts_eager_calls = True

@@ -1,0 +1,104 @@
+"""What backends allocate, without what they compute: they run in place of the operations in a step that is planned.
+
+An operation that is not here runs its reference, of which what it returns counts. Here is what a reference does not
+show: operations that look at numbers, that take it long to say a shape, or whose backends take scratch memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import chunked_loss
+from peftkern.ops.lora_linear import Adapters, Weight, compute_dtype
+
+LoraGradients = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]"]
+
+
+def _lora_linear(x: Tensor, weight: Weight, adapters: Adapters, _bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], weight.shape[0]), _inner(x, adapters)
+
+
+def _inner(x: Tensor, adapters: Adapters) -> Tensor:
+    """[tokens, Σr]."""
+    return x.new_empty(x.shape[0], sum(factor.shape[0] for factor in adapters.lora_A), dtype=compute_dtype(x))
+
+
+def _lora_linear_backward(
+    grad: Tensor,
+    _x: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    _h: Tensor,
+    need_x: bool,
+    need_lora: Sequence[bool],
+) -> LoraGradients:
+    count = len(adapters)
+    inner = _inner(grad, adapters) if need_x or any(need_lora[:count]) else None
+    grad_x = grad.new_empty(grad.shape[0], weight.shape[1]) if need_x else None
+    factors = [*adapters.lora_A, *adapters.lora_B]
+    made = [torch.empty_like(factor) if need else None for factor, need in zip(factors, need_lora, strict=True)]
+    del inner
+    return grad_x, made[:count], made[count:]
+
+
+def _silu_mul(gate: Tensor, _up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+def _silu_mul_backward(
+    _grad: Tensor, gate: Tensor, _up: Tensor | None, need_gate: bool, need_up: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    return torch.empty_like(gate) if need_gate else None, torch.empty_like(gate) if need_up else None
+
+
+def _gated_lora_linear_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Weight,
+    adapters: Adapters,
+    h: Tensor,
+    need_gate: bool,
+    need_up: bool,
+    need_lora: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    x = torch.empty_like(gate) if any(need_lora[: len(adapters)]) else None
+    need_x = need_gate or need_up
+    grad_x, grad_A, grad_B = _lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
+    del x
+    if grad_x is None:
+        return None, None, grad_A, grad_B
+    return *_silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
+
+
+def _sparse_delta(*_arguments: Any) -> None:
+    """Adds to what is there."""
+
+
+def _sparse_delta_backward(
+    _grad: Tensor,
+    _x: Tensor | None,
+    _grad_x: Tensor | None,
+    values: Tensor,
+    _indices: Any,
+    _scaling: float,
+    need_values: bool,
+) -> Tensor | None:
+    return torch.empty_like(values) if need_values else None
+
+
+STAND_INS: Mapping[str, Callable[..., Any]] = {
+    "lora_linear": _lora_linear,
+    "lora_linear_backward": _lora_linear_backward,
+    "silu_mul": _silu_mul,
+    "silu_mul_backward": _silu_mul_backward,
+    "gated_lora_linear_backward": _gated_lora_linear_backward,
+    "sparse_delta": _sparse_delta,
+    "sparse_delta_backward": _sparse_delta_backward,
+    # PyTorch's operators one after the other, which show their scratch memory themselves
+    "linear_cross_entropy": chunked_loss.linear_cross_entropy,
+}

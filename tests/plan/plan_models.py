@@ -1,0 +1,30 @@
+"""Configurations of small models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+VOCABULARY = 4096
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
+
+
+def llama(**changes: Any) -> Any:
+    return LlamaConfig(**{**SHAPE, **changes})
+
+
+def gpt2() -> Any:
+    sizes = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256, "vocab_size": VOCABULARY}
+    return GPT2Config(**sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
+
+
+def qwen3() -> Any:
+    return Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=True)

@@ -1,0 +1,141 @@
+"""Budgets, devices, refusals, and what a plan shows and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plan_models import llama
+from typer.testing import CliRunner
+
+import peftkern
+from peftkern.cli.main import app
+from peftkern.plan import PlanError
+from peftkern.plan.devices import NAMES, find
+from peftkern.plan.search import parse_bytes
+from peftkern.select.flops import FlopCounter
+
+GPU = {"device": "l4"}
+
+
+def test_flops_are_those_that_run() -> None:
+    from peftkern.bench.plan_accuracy import build_real
+
+    call = {"batch": 2, "length": 32}
+    model, ids = build_real(llama(), call), torch.zeros(2, 32, dtype=torch.int64)
+    with FlopCounter() as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert peftkern.plan(llama(), **call).flops == pytest.approx(counter.total)
+
+
+def small(**changes: Any) -> Any:
+    return llama(num_hidden_layers=1, max_position_embeddings=128, **changes)
+
+
+def test_length_before_batch() -> None:
+    found = peftkern.plan(small(), budget="600MB", **GPU)
+    assert found.options.length == 128 and found.options.batch > 1 and found.fits
+    assert peftkern.plan(small(), batch=found.options.batch + 1, length=128, **GPU).peak > 600e6
+
+
+def test_the_longest_within_a_budget() -> None:
+    found = peftkern.plan(small(), batch=4, budget="526MB", **GPU)
+    assert found.options.length == 64 and found.options.batch == 4 and found.fits
+    assert peftkern.plan(small(), batch=4, length=128, **GPU).peak > 526e6
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"logits": False},
+        {"logits": False, "optimizer": "AdamW8bit", "quantization": "nf4", "gradient_checkpointing": True},
+    ],
+)
+def test_options_are_taken_in_the_order_of_what_they_cost(saving: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"batch": 4, "length": 128, "quantization": "none", **GPU}
+    peak = peftkern.plan(small(), **{**arguments, **saving}).peak
+    found = peftkern.plan(small(), budget=peak, **arguments)
+    assert found.peak <= peak
+    taken = {name: getattr(found.options, name) for name in ("optimizer", "quantization", "gradient_checkpointing")}
+    assert taken == {"optimizer": "AdamW", "quantization": "none", "gradient_checkpointing": False} | {
+        name: value for name, value in saving.items() if name != "logits"
+    }
+    assert not found.options.logits
+
+
+def test_an_impossible_budget_names_the_smallest() -> None:
+    arguments: dict[str, Any] = {"batch": 2, "length": 64, **GPU}
+    with pytest.raises(PlanError, match=r"smallest for 2 x 64 tokens is 0\.\d+ GB with logits=False") as refusal:
+        peftkern.plan(small(), budget=1000, **arguments)
+    named = float(str(refusal.value).partition("tokens is ")[2].partition(" GB")[0]) * 1e9
+    assert peftkern.plan(small(), budget=named * 1.001, **arguments).fits
+
+
+def test_more_labels_take_no_more_than_one_chunk() -> None:
+    call = {"batch": 2, "length": 128, "logits": False}
+    few, all_ = (peftkern.plan(llama(), labelled=share, **call).parts["loss"] for share in (0.25, 1.0))
+    assert few < 0.5 * all_
+
+
+@pytest.mark.parametrize("text", ["12GB", "12 gb", "12e9", "12000MB"])
+def test_sizes(text: str) -> None:
+    value: str | float = float(text) if "e" in text else text
+    assert parse_bytes(value) == 12e9
+    assert parse_bytes("1.5GiB") == 1.5 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "dora"}, "method must be one of 'lora'"),
+        ({"method": "full", "quantization": "nf4"}, "which must be dense"),
+        ({"device": "rtx-4080"}, "did you mean 'rtx-4090'"),
+        ({"budget": "a lot"}, "budget must be bytes"),
+        ({"batch": 0}, "batch must be"),
+        ({"labelled": 0.0}, "labelled must be"),
+        ({"logits": False, "patched": False}, "leave patched=True"),
+        ({"target_modules": ["nothing"]}, "target_modules"),
+    ],
+)
+def test_refusals_name_the_argument(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        peftkern.plan(small(), **{**GPU, **arguments})
+
+
+def test_every_gpu_has_rates() -> None:
+    for name in NAMES[1:]:
+        device = find(name)
+        assert device.memory is not None and device.memory > 10e9 and not device.measured
+        assert device.rates.products["bfloat16"] >= device.rates.products["float32"] * 0.9
+        assert 1e11 < device.rates.bandwidth < 1e13
+
+
+def test_the_cpu_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path))
+    first = find("cpu").rates
+    assert find("cpu").rates == first
+    assert len(json.loads((tmp_path / "plan-cpu.json").read_text())) == 1
+
+
+def test_the_command_prints_and_writes(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "model")
+    png, numbers = tmp_path / "plan.png", tmp_path / "plan.json"
+    files = ["--output", str(png), "--json", str(numbers)]
+    options = ["--batch", "1", "--length", "64", "--budget", "2GB", "--device", "rtx-4090", "--quantization", "nf4"]
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), *options, *files])
+    assert result.exit_code == 0, result.output
+    assert "activations" in result.output and "fits into the budget" in result.output and "estimate" in result.output
+    data = json.loads(numbers.read_text())
+    assert data["peak"] == pytest.approx(sum(data["parts"].values()) + data["context"])
+    assert data["options"]["quantization"] == "nf4"
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
+    small().save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--device", "rtx-4080"])
+    assert result.exit_code == 2
+    assert "did you mean 'rtx-4090'" in result.output + (result.stderr or "")
