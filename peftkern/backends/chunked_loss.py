@@ -1,6 +1,7 @@
 """The loss of a language model's head in chunks of tokens, by PyTorch's own products: on the CPU and on GPUs.
 
-Scores, probabilities and errors of a chunk follow each other in one buffer of [chunk, vocabulary].
+Scores, probabilities and errors of a chunk follow each other in one buffer of [chunk, vocabulary]. A weight that is
+not in the dtype of its products, quantized ones among them, is taken there a block of rows at a time.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from peftkern.backends import registry
 from peftkern.backends.triton.launch import is_ours
+from peftkern.ops.dequantize import row_blocks
 from peftkern.ops.linear_cross_entropy import Needs, Result, Terms
-from peftkern.ops.lora_linear import compute_dtype
+from peftkern.ops.lora_linear import Weight, compute_dtype
 
 _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Of the scores of one chunk: more tokens make better use of the weight, which every chunk reads again."""
@@ -37,7 +39,7 @@ def assuming(device: str) -> Iterator[None]:
 _FEWEST_ROWS = 64
 _MOST_ROWS = 1024
 _BLOCK = 8192
-"""Rows of a weight in half precision that are multiplied at once."""
+"""Rows of such a weight that are multiplied at once."""
 
 
 def _supports_cpu(hidden: Tensor, *_rest: object) -> str | None:
@@ -57,7 +59,7 @@ def _supports_triton(hidden: Tensor, *_rest: object) -> str | None:
 @registry.register("linear_cross_entropy", "cpu", supports=_supports_cpu)
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     labels: Tensor,
     token_weights: Tensor | None,
@@ -70,7 +72,7 @@ def linear_cross_entropy(
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     grad_weight = hidden.new_zeros(vocabulary, features, dtype=dtype) if needs.weight else None
     grad_bias = hidden.new_zeros(vocabulary, dtype=dtype) if needs.bias else None
-    head = _Head(weight, bias, terms)
+    head = _Head(weight, bias, terms, hidden.dtype)
     buffer: Tensor | None = None
     for tokens in _chunks(labels, vocabulary, terms.ignore_index):
         if buffer is None:
@@ -87,7 +89,7 @@ def linear_cross_entropy(
         if grad_bias is not None:
             grad_bias += error.sum(0) if factor is None else factor @ error
     del buffer
-    return Result(losses, grad_hidden, _as(grad_weight, weight.dtype), _as(grad_bias, weight.dtype))
+    return Result(losses, grad_hidden, _as(grad_weight, hidden.dtype), _as(grad_bias, hidden.dtype))
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -115,19 +117,20 @@ class _Block(NamedTuple):
 class _Head:
     """The weight, its bias and what is done to the scores."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
+    def __init__(self, weight: Weight, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> None:
         self._weight, self._bias, self._terms = weight, bias, terms
-        self._dtype = compute_dtype(weight)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
         # PyTorch multiplies float16 on the CPU element by element
-        is_slow = weight.dtype == torch.float16 and weight.device.type == "cpu"
-        self._operand_dtype = self._dtype if is_slow else weight.dtype
+        is_slow = dtype == torch.float16 and weight.device.type == "cpu"
+        self._operand_dtype = wide if is_slow else dtype
+        as_it_is = isinstance(weight, Tensor) and weight.dtype == wide
+        self._rows_at_once = max(weight.shape[0], 1) if as_it_is else _BLOCK
 
     def _blocks(self) -> Iterator[_Block]:
-        vocabulary = len(self._weight)
-        step = vocabulary if self._weight.dtype == self._dtype else _BLOCK
-        for first in range(0, vocabulary, step):
-            end = min(first + step, vocabulary)
-            yield _Block(first, end, self._weight[first:end].to(self._operand_dtype))
+        first = 0
+        for rows in row_blocks(self._weight, self._rows_at_once, self._operand_dtype):
+            yield _Block(first, first + len(rows), rows.to(self._operand_dtype))
+            first += len(rows)
 
     def losses(self, rows: Tensor, labels: Tensor, buffer: Tensor, need_error: bool) -> tuple[Tensor, Tensor]:
         """ℓ of a chunk, and e where it is needed, which is in ``buffer``. rows is [chunk, hidden]."""

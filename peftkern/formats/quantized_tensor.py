@@ -119,6 +119,28 @@ class QuantizedTensor:
         values = codebook("int8_blockwise", self.device).index_select(0, codes.int()).mul_(absmax).add_(nested.offset)
         return values.view(self.scales.shape)
 
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether no block, and no byte of codes, has a part in two rows."""
+        return self.format == "int8" or has_whole_blocks(self.shape, self.block_size)
+
+    def with_plain_scales(self) -> QuantizedTensor:
+        """The same tensor without double quantization: its scales in float32."""
+        return replace(self, scales=self.scale_values(), double_quantization=None)
+
+    def rows(self, first: int, end: int) -> QuantizedTensor:
+        """The rows from ``first`` to below ``end`` of a matrix, in its own memory.
+
+        Raises:
+            ValueError: rows share blocks (`has_own_rows`), or their scales are quantized (`with_plain_scales`).
+        """
+        if not self.has_own_rows or self.double_quantization is not None:
+            raise ValueError(
+                "rows: rows must be whole blocks and scales plain; dequantize the whole, or see has_own_rows"
+            )
+        packed, scales = self.packed[first:end], self.scales[first:end]
+        return replace(self, packed=packed, scales=scales, shape=torch.Size((len(packed), self.shape[1])))
+
     def validate(self) -> None:
         """Check that the fields fit together. Looks at types, shapes and devices, never at the data.
 

@@ -8,7 +8,7 @@ tensor in row-major order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,22 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype | None = None, *, backend:
         backend,
     )
     return result
+
+
+def row_blocks(weight: Tensor | QuantizedTensor, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """``weight``, a matrix, ``rows`` rows at a time: a dense one as it is, a quantized one decoded to ``dtype``.
+
+    All at once where rows of a quantized one share blocks.
+    """
+    weight = weight.detach() if isinstance(weight, Tensor) else weight
+    if isinstance(weight, QuantizedTensor):
+        if not weight.has_own_rows:
+            yield dequantize(weight, dtype)
+            return
+        weight = weight.with_plain_scales()
+    for first in range(0, weight.shape[0], rows):
+        end = min(first + rows, weight.shape[0])
+        yield weight[first:end] if isinstance(weight, Tensor) else dequantize(weight.rows(first, end), dtype)
 
 
 # ---- reference

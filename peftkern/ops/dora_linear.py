@@ -15,15 +15,11 @@ Source: DoRA, Liu et al. 2024 (arXiv:2402.09353), equation 5 and section 4.3. Dr
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peftkern.formats import QuantizedTensor
-from peftkern.formats.quantized_tensor import has_whole_blocks
-from peftkern.ops.dequantize import dequantize
+from peftkern.ops.dequantize import row_blocks
 from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, check_adapters, check_call, compute_dtype, lora_linear
 
 _DECODED_AT_ONCE = 1 << 20
@@ -74,31 +70,9 @@ def dora_linear(
 
 def row_squares(weight: Weight) -> Tensor:
     """The squared length of every row of ``weight``, [out], float64."""
-    rows, columns = weight.shape
-    at_once = max(1, _DECODED_AT_ONCE // max(columns, 1))
-    if isinstance(weight, QuantizedTensor) and not _has_own_rows(weight):
-        at_once = max(rows, 1)
-    squares = [_decoded(weight, first, first + at_once).double().square().sum(1) for first in range(0, rows, at_once)]
+    blocks = row_blocks(weight, max(1, _DECODED_AT_ONCE // max(weight.shape[1], 1)), torch.float32)
+    squares = [block.double().square().sum(1) for block in blocks]
     return torch.cat(squares) if squares else torch.zeros(0, dtype=torch.float64, device=weight.device)
-
-
-def _has_own_rows(weight: QuantizedTensor) -> bool:
-    return weight.format == "int8" or has_whole_blocks(weight.shape, weight.block_size)
-
-
-def _decoded(weight: Weight, first: int, last: int) -> Tensor:
-    if isinstance(weight, Tensor):
-        return weight.detach()[first:last]
-    if first == 0 and last >= weight.shape[0]:
-        return dequantize(weight, torch.float32)
-    some = replace(
-        weight,
-        packed=weight.packed[first:last],
-        scales=weight.scale_values()[first:last],
-        shape=torch.Size((min(last, weight.shape[0]) - first, weight.shape[1])),
-        double_quantization=None,
-    )
-    return dequantize(some, torch.float32)
 
 
 def _row_norms(

@@ -32,8 +32,20 @@ from torch import Tensor
 
 from peftkern.backends import registry
 from peftkern.formats import QuantizedTensor
-from peftkern.ops.dequantize import dequantize
-from peftkern.ops.lora_linear import FLOAT_DTYPES, Weight, as_matrix, compute_dtype, in_autocast_dtype, is_plain_eager
+from peftkern.ops.lora_linear import (
+    FLOAT_DTYPES,
+    WEIGHT_ARGUMENTS,
+    WEIGHT_SCHEMA,
+    Weight,
+    as_matrix,
+    compute_dtype,
+    dense_weight,
+    flatten_weight,
+    in_autocast_dtype,
+    is_plain_eager,
+    unflatten_weight,
+    weight_tensors,
+)
 
 Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
@@ -100,8 +112,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., hidden], float64, float32, bfloat16 or float16.
-        weight: [vocabulary, hidden], of the dtype of ``hidden`` (cast under autocast), or a ``QuantizedTensor``, which
-            is decoded once a call.
+        weight: [vocabulary, hidden], of the dtype of ``hidden`` (cast under autocast), or a ``QuantizedTensor``, of
+            which a block of rows is decoded at a time.
         labels: int64, of the leading shape of ``hidden``, each ``ignore_index`` or in [0, vocabulary).
         bias: [vocabulary], floating point.
         ignore_index: label of the tokens that count nowhere and cost nothing.
@@ -128,12 +140,13 @@ def linear_cross_entropy(
     _check_terms(terms)
     _check_tensors(hidden, weight, labels, bias, token_weights, ignore_index)
     hidden = in_autocast_dtype(hidden)
-    dense = _dense(weight, hidden.dtype)
+    if isinstance(weight, Tensor):
+        weight = weight.to(hidden.dtype)
     if bias is not None:
         bias = bias.to(hidden.dtype)
     weights = None if token_weights is None else token_weights.detach().to(compute_dtype(hidden)).reshape(-1)
     flat = labels.reshape(-1)
-    loss = _losses(as_matrix(hidden), dense, bias, flat, weights, terms, reduction != "none", backend)
+    loss = _losses(as_matrix(hidden), weight, bias, flat, weights, terms, reduction != "none", backend)
     if reduction == "none":
         return loss.view(labels.shape)
     return loss if reduction == "sum" else loss / _denominator(flat, weights, ignore_index, loss)
@@ -160,10 +173,6 @@ def label_logprobs(
         hidden, weight, labels, bias, ignore_index=ignore_index, reduction="none", softcap=softcap, backend=backend
     )
     return -losses
-
-
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    return dequantize(weight, dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
 
 
 def _denominator(labels: Tensor, weights: Tensor | None, ignore_index: int, loss: Tensor) -> Tensor:
@@ -267,7 +276,7 @@ def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
 @registry.register("linear_cross_entropy", "reference")
 def linear_cross_entropy_reference(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     labels: Tensor,
     token_weights: Tensor | None,
@@ -276,13 +285,14 @@ def linear_cross_entropy_reference(
 ) -> Result:
     """Losses and gradients in plain PyTorch with all scores at once, in float32 (float64 for float64).
 
-    hidden is [tokens, hidden], weight dense, labels and token_weights [tokens].
+    hidden is [tokens, hidden], labels and token_weights [tokens].
     """
     dtype = compute_dtype(hidden)
+    matrix, weight_dtype = dense_weight(weight, dtype), weight.dtype
     labelled = labels != terms.ignore_index
     target = labels.where(labelled, 0)[:, None]
     factor = labelled.to(dtype) if token_weights is None else torch.where(labelled, token_weights, 0.0)
-    scores = hidden.to(dtype) @ weight.to(dtype).t()
+    scores = hidden.to(dtype) @ matrix.t()
     if bias is not None:
         scores = scores + bias.to(dtype)
     slope = None
@@ -299,14 +309,17 @@ def linear_cross_entropy_reference(
     error = error.masked_fill(~labelled[:, None], 0.0)
     return Result(
         torch.where(labelled, losses * factor, 0.0),
-        (error @ weight.to(dtype)).to(hidden.dtype) if needs.hidden else None,
+        (error @ matrix).to(hidden.dtype) if needs.hidden else None,
         # what an ignored token holds must not matter, also where it is not a number
-        (error.t() @ hidden.to(dtype).masked_fill(~labelled[:, None], 0.0)).to(weight.dtype) if needs.weight else None,
-        error.sum(0).to(weight.dtype) if needs.bias else None,
+        (error.t() @ hidden.to(dtype).masked_fill(~labelled[:, None], 0.0)).to(weight_dtype) if needs.weight else None,
+        error.sum(0).to(hidden.dtype) if needs.bias else None,
     )
 
 
 # ---- what both ways to call it share
+
+_WEIGHT_TENSORS = 4
+"""How many of a flattened weight's parts are tensors, or could be."""
 
 
 def _needs_now(needs: Needs, reduced: bool) -> Needs:
@@ -327,9 +340,10 @@ def _scale_of(grad: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _backward(ctx: Any, grad: Tensor, run: Callable[..., Result]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    needs, terms = Needs(*ctx.needs_input_grad[:3]), ctx.terms
+    needs, terms = ctx.needs, ctx.terms
     if ctx.deferred:
-        hidden, weight, bias, labels, token_weights = ctx.saved_tensors
+        hidden, bias, labels, token_weights, *tensors = ctx.saved_tensors
+        weight = unflatten_weight(hidden.dtype, (*tensors, *ctx.weight_options))
         weights = grad if token_weights is None else grad * token_weights
         return run(hidden, weight, bias, labels, weights, terms, needs)[1:]
     labels, *gradients = ctx.saved_tensors
@@ -340,10 +354,12 @@ def _backward(ctx: Any, grad: Tensor, run: Callable[..., Result]) -> tuple[Tenso
     return scaled[0], scaled[1], scaled[2]
 
 
-def _save(ctx: Any, operands: Sequence[Tensor | None], gradients: Sequence[Tensor | None], reduced: bool) -> None:
-    needs = Needs(*ctx.needs_input_grad[:3])
-    ctx.reduced, ctx.deferred = reduced, _needs_now(needs, reduced) != needs
-    ctx.save_for_backward(*(operands if ctx.deferred else (operands[3], *gradients)))
+def _save(ctx: Any, operands: Sequence[Any], gradients: Sequence[Tensor | None], needs: Needs, reduced: bool) -> None:
+    hidden, weight, *rest = operands
+    flat = flatten_weight(weight)
+    ctx.needs, ctx.reduced, ctx.deferred = needs, reduced, _needs_now(needs, reduced) != needs
+    ctx.weight_options = flat[_WEIGHT_TENSORS:]
+    ctx.save_for_backward(*((hidden, *rest, *flat[:_WEIGHT_TENSORS]) if ctx.deferred else (operands[3], *gradients)))
 
 
 # ---- eager calls
@@ -356,7 +372,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Weight,
         bias: Tensor | None,
         labels: Tensor,
         token_weights: Tensor | None,
@@ -365,10 +381,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         backend: str | None,
     ) -> Tensor:
         operands = (hidden, weight, bias, labels, token_weights)
-        needs = _needs_now(Needs(*ctx.needs_input_grad[:3]), reduced)
-        losses, *gradients = registry.run("linear_cross_entropy", *operands, terms, needs, backend=backend)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        now = _needs_now(needs, reduced)
+        losses, *gradients = registry.run("linear_cross_entropy", *operands, terms, now, backend=backend)
         ctx.terms, ctx.backend = terms, backend
-        _save(ctx, operands, gradients, reduced)
+        _save(ctx, operands, gradients, needs, reduced)
         return losses.sum() if reduced else losses  # type: ignore[no-any-return]
 
     @staticmethod
@@ -385,7 +402,7 @@ _apply = cast(Callable[..., Tensor], _LinearCrossEntropy.apply)
 
 def _losses(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     labels: Tensor,
     token_weights: Tensor | None,
@@ -394,13 +411,17 @@ def _losses(
     backend: str | None,
 ) -> Tensor:
     """Σₜ wₜ ℓₜ where ``reduced``, otherwise every wₜ ℓₜ."""
-    if is_plain_eager((hidden, weight, labels, *(() if token_weights is None else (token_weights,))), bias):
+    tensors = (hidden, *weight_tensors(weight), labels, *(() if token_weights is None else (token_weights,)))
+    if is_plain_eager(tensors, bias):
         return _apply(hidden, weight, bias, labels, token_weights, terms, reduced, backend)
-    asked = [value is not None and torch.is_grad_enabled() and value.requires_grad for value in (hidden, weight, bias)]
+    asked = [
+        isinstance(value, Tensor) and torch.is_grad_enabled() and value.requires_grad
+        for value in (hidden, weight, bias)
+    ]
     needs = _needs_now(Needs(*asked), reduced)
     loss: Tensor
     loss, *_ = torch.ops.peftkern.linear_cross_entropy(
-        hidden, weight, bias, labels, token_weights, *terms, *needs, reduced, backend
+        hidden, *flatten_weight(weight), bias, labels, token_weights, *terms, *needs, reduced, backend
     )
     return loss
 
@@ -408,57 +429,74 @@ def _losses(
 # ---- operators
 
 _SCHEMA = (
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? token_weights, int ignore_index, "
+    f"(Tensor hidden, {WEIGHT_SCHEMA}, Tensor? bias, Tensor labels, Tensor? token_weights, int ignore_index, "
     "float label_smoothing, float z_loss, float? softcap, bool need_hidden, bool need_weight, bool need_bias, "
     "bool reduced, str? backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_BIAS = 1 + WEIGHT_ARGUMENTS
+"""Position of the bias among the arguments; the weight's own tensor is at 1."""
+
+
+class _Call(NamedTuple):
+    """The operator's arguments."""
+
+    operands: tuple[Tensor, Weight, Tensor | None, Tensor, Tensor | None]
+    terms: Terms
+    needs: Needs
+    reduced: bool
+    backend: str | None
 
 
 @torch.library.custom_op("peftkern::linear_cross_entropy", mutates_args=(), schema=_SCHEMA)
 def _operator(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands, terms, needs, reduced, backend = _unflatten(arguments)
-    losses, *gradients = registry.run("linear_cross_entropy", *operands, terms, needs, backend=backend)
-    hidden = operands[0]
+    call = _unflatten(arguments)
+    losses, *gradients = registry.run(
+        "linear_cross_entropy", *call.operands, call.terms, call.needs, backend=call.backend
+    )
     # an operator has no optional results
-    made = [hidden.new_empty(0) if gradient is None else gradient for gradient in gradients]
-    return losses.sum() if reduced else losses, made[0], made[1], made[2]
+    made = [losses.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return losses.sum() if call.reduced else losses, made[0], made[1], made[2]
 
 
-def _unflatten(arguments: Sequence[Any]) -> tuple[Sequence[Any], Terms, Needs, bool, str | None]:
-    return arguments[:5], Terms(*arguments[5:9]), Needs(*arguments[9:12]), arguments[12], arguments[13]
+def _unflatten(arguments: Sequence[Any]) -> _Call:
+    hidden, rest = arguments[0], arguments[_BIAS:]
+    weight = unflatten_weight(hidden.dtype, arguments[1:_BIAS])
+    return _Call((hidden, weight, *rest[:3]), Terms(*rest[3:7]), Needs(*rest[7:10]), rest[10], rest[11])
 
 
 @_operator.register_fake
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (hidden, weight, _bias, labels, _weights), _, needs, reduced, _ = _unflatten(arguments)
+    losses = hidden.new_empty([] if reduced else labels.shape, dtype=compute_dtype(hidden))
     return (
-        hidden.new_empty([] if reduced else labels.shape, dtype=compute_dtype(hidden)),
-        hidden.new_empty(hidden.shape if needs.hidden else 0),
-        weight.new_empty(weight.shape if needs.weight else 0),
-        weight.new_empty(weight.shape[:1] if needs.bias else 0),
+        losses,
+        hidden.new_empty(hidden.shape) if needs.hidden else losses.new_empty(0),
+        hidden.new_empty(weight.shape) if needs.weight else losses.new_empty(0),
+        hidden.new_empty(weight.shape[:1]) if needs.bias else losses.new_empty(0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    operands, ctx.terms, needs, reduced, ctx.backend = _unflatten(inputs)
+    call = _unflatten(inputs)
+    ctx.terms, ctx.backend = call.terms, call.backend
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    gradients = [value if need else None for value, need in zip(output[1:], needs, strict=True)]
-    _save(ctx, operands, gradients, reduced)
+    gradients = [value if need else None for value, need in zip(output[1:], call.needs, strict=True)]
+    needs = Needs(*(ctx.needs_input_grad[position] for position in (0, 1, _BIAS)))
+    _save(ctx, call.operands, gradients, needs, call.reduced)
 
 
 def _operator_backward(ctx: Any, grad: Tensor | None, *_grads: Any) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 11
-    if grad is None:
-        return None, None, None, *rest
-
-    def run(*arguments: Any) -> Result:
+    def run(hidden: Tensor, weight: Weight, *arguments: Any) -> Result:
         *operands, terms, needs = arguments
-        made = torch.ops.peftkern.linear_cross_entropy(*operands, *terms, *needs, False, ctx.backend)
+        made = torch.ops.peftkern.linear_cross_entropy(
+            hidden, *flatten_weight(weight), *operands, *terms, *needs, False, ctx.backend
+        )
         wanted = [value if need else None for value, need in zip(made[1:], needs, strict=True)]
         return Result(made[0], *wanted)
 
-    return *_backward(ctx, grad, run), *rest
+    found = (None, None, None) if grad is None else _backward(ctx, grad, run)
+    return found[0], found[1], *(None,) * (WEIGHT_ARGUMENTS - 1), found[2], *(None,) * 11
 
 
 _operator.register_autograd(_operator_backward, setup_context=_setup_context)
@@ -477,4 +515,4 @@ def operator_flops(*arguments: Any, out_val: Any = None, **_kwargs: Any) -> int:
     """
     (_hidden, weight, _bias, labels, _weights), terms, needs, *_ = _unflatten(arguments)
     products = 1 + needs.hidden + needs.weight
-    return 2 * labelled_tokens(labels, terms.ignore_index) * int(weight.numel()) * products
+    return 2 * labelled_tokens(labels, terms.ignore_index) * weight.shape.numel() * products

@@ -255,11 +255,11 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
 
 def _language_model_finding(name: str, model: Any, setting: _Setting) -> Finding:
     try:
-        check_model(model)
+        weight = check_model(model)
     except NotFused as refusal:
         return Finding(name, model, _left(name, model, str(refusal)))
-    weight = model.lm_head.weight.detach()
-    choice = registry.choose("linear_cross_entropy", weight[:0], weight, backend=setting.backend)
+    hidden = torch.empty(0, weight.shape[1], dtype=setting.dtype, device=weight.device)
+    choice = registry.choose("linear_cross_entropy", hidden, weight, backend=setting.backend)
     kernel = f"linear_cross_entropy on {choice.backend}"
     row = PatchRow(name, _class_name(model), "", "fused", kernel, NO_LOGITS, calls_left=_calls(model))
     return Finding(name, model, row, fused.fused_class(original_class(type(model))))

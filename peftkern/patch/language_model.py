@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.nn.quantized_linear import QuantizedLinear
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
+from peftkern.ops.lora_linear import Weight
 from peftkern.patch.arguments import has_global_hooks, has_own_forward, is_hooked
 from peftkern.patch.weights import KNOWN_TENSORS, NotFused, original_class
 
@@ -106,20 +108,33 @@ def tail_of(model_class: type) -> Tail | None:
     return tail if getattr(known, "forward", None) is forward else None
 
 
-def check_head(model: Any) -> None:
-    """Raise `NotFused` unless the loss of ``model`` is the cross-entropy of a dense linear layer and nothing more."""
+def check_head(model: Any) -> Weight:
+    """The weight of the head of ``model``, [vocabulary, hidden].
+
+    Raises:
+        NotFused: the loss is more than the cross-entropy of a dense or quantized linear layer.
+    """
     head = model.lm_head
-    if original_class(type(head)) is not nn.Linear:
-        raise NotFused(f"its head is a {original_class(type(head)).__qualname__}, not a plain linear layer")
+    weight = _head_weight(head)
     if is_hooked(head) or has_global_hooks():
         raise NotFused("its head has hooks, which the loss would skip")
-    if type(head.weight) not in KNOWN_TENSORS:
-        raise NotFused(f"the weight of its head is a {type(head.weight).__name__}")
     if head.out_features != model.config.vocab_size:
         raise NotFused(f"its head has {head.out_features} rows for a vocabulary of {model.config.vocab_size}")
     losses: Any = sys.modules.get("transformers.loss.loss_utils")
     if losses is None or model.loss_function is not losses.ForCausalLMLoss:
         raise NotFused("its loss_function is not transformers' ForCausalLMLoss")
+    return weight
+
+
+def _head_weight(head: Any) -> Weight:
+    head_class = original_class(type(head))
+    if head_class is QuantizedLinear:
+        return head.quantized  # type: ignore[no-any-return]
+    if head_class is not nn.Linear:
+        raise NotFused(f"its head is a {head_class.__qualname__}, not a plain linear layer")
+    if type(head.weight) not in KNOWN_TENSORS:
+        raise NotFused(f"the weight of its head is a {type(head.weight).__name__}")
+    return head.weight  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -147,7 +162,7 @@ def output_without_logits(original: Any, model: Any, arguments: dict[str, Any], 
     """
     tail = tail_of(original)
     assert tail is not None
-    check_head(model)
+    weight = check_head(model)
     if "past_key_values" in arguments:
         raise NotFused("called with past_key_values")
     returns_tuple = arguments.get("return_dict") is False
@@ -155,14 +170,16 @@ def output_without_logits(original: Any, model: Any, arguments: dict[str, Any], 
         raise NotFused("it is to return a tuple")
     inputs = {name: value for name, value in arguments.items() if name not in _OF_THE_HEAD}
     outputs = model.get_submodule(tail.base)(**inputs)
-    loss = _loss(model, tail, outputs.last_hidden_state, arguments, backend)
+    loss = _loss(model, tail, outputs.last_hidden_state, weight, arguments, backend)
     output_class = getattr(sys.modules["transformers.modeling_outputs"], tail.output)
     names = ("cache", "hidden_states", "attentions", "cross_attentions")
     others = {name: getattr(outputs, name, None) for name in names if name in output_class.__dataclass_fields__}
     return output_class(loss=loss, **others)
 
 
-def _loss(model: Any, tail: Tail, hidden: Tensor, arguments: Mapping[str, Any], backend: str | None) -> Tensor:
+def _loss(
+    model: Any, tail: Tail, hidden: Tensor, weight: Weight, arguments: Mapping[str, Any], backend: str | None
+) -> Tensor:
     """As `ForCausalLMLoss` of transformers: its arguments, and what they do, are the same."""
     ignore_index = arguments.get("ignore_index", -100)
     labels = arguments.get("shift_labels")
@@ -171,7 +188,7 @@ def _loss(model: Any, tail: Tail, hidden: Tensor, arguments: Mapping[str, Any], 
     items = arguments.get("num_items_in_batch")
     loss = linear_cross_entropy(
         hidden.flatten(0, -2),
-        model.lm_head.weight,
+        weight,
         labels.reshape(-1).to(hidden.device),
         model.lm_head.bias,
         ignore_index=ignore_index,
@@ -184,12 +201,10 @@ def _loss(model: Any, tail: Tail, hidden: Tensor, arguments: Mapping[str, Any], 
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
-def check_model(model: Any) -> Tail:
-    """What ``model`` does, or `NotFused` with what keeps its loss from being computed without logits."""
-    tail = tail_of(original_class(type(model)))
-    if tail is None:
+def check_model(model: Any) -> Weight:
+    """The weight of its head, or `NotFused` with why the loss of ``model`` cannot be computed without logits."""
+    if tail_of(original_class(type(model))) is None:
         raise NotFused("its loss is computed from logits: no forward that is known here")
     if has_own_forward(model):
         raise NotFused("its loss is computed from logits: its forward was replaced on the instance")
-    check_head(model)
-    return tail
+    return check_head(model)

@@ -331,8 +331,7 @@ def _silu_mul_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
 
 def _linear_cross_entropy(arguments: Mapping[str, Any], _out: Any) -> Parts:
     """The scores, and a product for each gradient that is made of them right away."""
-    tokens = labelled_tokens(arguments["labels"], arguments["ignore_index"])
-    product = 2.0 * tokens * arguments["weight"].numel()
+    product = _product(labelled_tokens(arguments["labels"], arguments["ignore_index"]), arguments)
     wanted = [(index,) for index, name in ((1, "need_hidden"), (2, "need_weight")) if arguments[name]]
     return [Part(product), *(Part(product, outputs) for outputs in wanted)]
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from peftkern.formats import QuantizedTensor
 from peftkern.ops import dequantize, dora_linear, quantize
+from peftkern.ops.dequantize import row_blocks
 from peftkern.ops.dora_linear import row_squares
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
@@ -128,7 +129,7 @@ def test_rows_are_measured_a_few_at_a_time(format: str, monkeypatch: pytest.Monk
         return dequantize(tensor, dtype)
 
     monkeypatch.setitem(row_squares.__globals__, "_DECODED_AT_ONCE", 5 * 64)
-    monkeypatch.setitem(row_squares.__globals__, "dequantize", decode)
+    monkeypatch.setitem(row_blocks.__globals__, "dequantize", decode)
     assert error(row_squares(weight), expected) <= 1e-6
     assert at_once == ([] if format == "dense" else [5, 5, 5, 5, 4])
 

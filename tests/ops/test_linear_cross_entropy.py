@@ -20,6 +20,7 @@ from peftkern.backends import chunked_loss
 from peftkern.formats import QuantizedTensor
 from peftkern.ops import dequantize, label_logprobs, linear_cross_entropy, quantize
 from peftkern.ops.linear_cross_entropy import Needs, Terms
+from peftkern.ops.lora_linear import flatten_weight
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Relative error ‖out - ref‖ / ‖ref‖ against float64."""
@@ -228,15 +229,60 @@ def test_extreme_scores() -> None:
     assert hidden.grad is not None and hidden.grad.tolist() == [[0.0], [-2.0]]
 
 
-@pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantized_head_is_the_head_that_it_stands_for(format: str) -> None:
+def error(actual: Tensor, expected: Tensor) -> float:
+    size = torch.linalg.vector_norm(expected.double())
+    return (torch.linalg.vector_norm(actual.double() - expected.double()) / size).item()
+
+
+QUANTIZED = {"nf4": 64, "nf4 double": 64, "int8": 64, "int8_blockwise": 64, "nf4, rows share blocks": 24}
+"""Formats, and the number of inputs."""
+
+
+def quantized_head(case: str, p: Problem) -> QuantizedTensor:
+    return quantize(p.weight.detach(), case.split()[0].rstrip(","), 64, "double" in case)
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_a_quantized_head_is_the_head_that_it_stands_for(
+    case: str, blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = problem(hidden=QUANTIZED[case])
+    head = quantized_head(case, p)
+    if blocks:
+        monkeypatch.setattr(chunked_loss, "_BLOCK", 7)
+    for reduction in ("mean", "none"):
+        results = []
+        for weight in (head, dequantize(head, torch.float32)):
+            losses = linear_cross_entropy(p.hidden, weight, p.labels, p.bias, reduction=reduction)  # type: ignore[arg-type]
+            results.append((losses.detach(), *torch.autograd.grad(losses.square().sum(), (p.hidden, p.bias))))
+        for ours_, expected in zip(*results, strict=True):
+            assert error(ours_, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_quantized_head_takes_the_operators_way_as_well(reduction: Any) -> None:
     p = problem(hidden=64)
-    head: QuantizedTensor = quantize(p.weight.detach(), format)
-    results = []
-    for weight in (head, dequantize(head, torch.float32)):
-        loss = linear_cross_entropy(p.hidden, weight, p.labels)
-        results.append((loss, *torch.autograd.grad(loss, p.hidden)))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    head = quantized_head("nf4 double", p)
+
+    def run() -> list[Tensor]:
+        losses = linear_cross_entropy(p.hidden, head, p.labels, p.bias, reduction=reduction)
+        return [losses.detach(), *torch.autograd.grad(losses.sum(), (p.hidden, p.bias))]
+
+    expected = run()
+    with Watch():
+        watched = run()
+    assert all(torch.equal(a, b) for a, b in zip(watched, expected, strict=True))
+
+
+def test_of_a_quantized_head_one_block_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked_loss, "_BLOCK", 16)
+    p = problem(64, 64, 500, ignored=0.0)
+    operands = (p.hidden.detach(), quantized_head("nf4 double", p), None, p.labels, None)
+    with Watch() as watch:
+        chunked_loss.linear_cross_entropy(*operands, Terms(), Needs(True, False, False))
+    rows = [size[0] for size in watch.sizes if size[1:] == (64,) and size[0] != 64]
+    assert rows and max(rows) <= 16
 
 
 def test_autocast_multiplies_in_its_dtype() -> None:
@@ -331,7 +377,7 @@ def test_fake_tensors_and_the_operator() -> None:
     expected = [ours(p), *p.gradients(ours(p))]
     torch.library.opcheck(
         torch.ops.peftkern.linear_cross_entropy.default,
-        (p.hidden, p.weight, p.bias, p.labels, None, -100, 0.0, 0.0, None, True, True, True, True, None),
+        (p.hidden, *flatten_weight(p.weight), p.bias, p.labels, None, *Terms(), True, True, True, True, None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
 
+from peftkern.nn import QuantizedLinear
 from peftkern.patch import language_model, unpatch, verify
 from peftkern.patch import patch as patch_all
 from peftkern.patch.language_model import LANGUAGE_MODELS, NO_LOGITS, Tail, tail_of
@@ -131,12 +132,21 @@ MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "llama tied": lambda: llama(tied=True),
     "llama under LoRA": lambda: lora(llama("bnb-nf4")),
+    "llama with an nf4 head": lambda: quantized_head(double=True),
+    "llama with an int8 head": lambda: quantized_head(double=False),
     "gpt2": lambda: gpt2().train(),
     "gemma2": lambda: FAMILIES["gemma2"].build("dense"),
     "opt": lambda: FAMILIES["opt"].build("dense"),
     "gpt_neox": gpt_neox,
     "qwen2": lambda: FAMILIES["qwen2"].build("dense"),
 }
+
+
+def quantized_head(double: bool) -> Any:
+    model = lora(llama("nf4"))
+    base = model.base_model.model
+    base.lm_head = QuantizedLinear.from_linear(base.lm_head, "nf4" if double else "int8", double_quant=double)
+    return model
 
 
 def masked_text(seed: int = 3) -> dict[str, Tensor]:
