@@ -23,9 +23,13 @@ from peftkern.plan import Plan, plan
 
 if TYPE_CHECKING:
     from peftkern.integrations import PackingCollator as PackingCollator
+    from peftkern.integrations import PreferenceLoss as PreferenceLoss
     from peftkern.integrations import QuantConfig as QuantConfig
     from peftkern.integrations import check_packing as check_packing
+    from peftkern.integrations import dpo_loss as dpo_loss
+    from peftkern.integrations import orpo_loss as orpo_loss
     from peftkern.integrations import quantize_ as quantize_
+    from peftkern.integrations import token_logprobs as token_logprobs
     from peftkern.nn import QuantizedLinear as QuantizedLinear
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
@@ -46,12 +50,16 @@ _LAZY = {
     "LISA": "peftkern.select.lisa",
     "LayerRange": "peftkern.select.presets",
     "PackingCollator": "peftkern.integrations",
+    "PreferenceLoss": "peftkern.integrations",
     "Preset": "peftkern.select.presets",
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
     "RandomSelection": "peftkern.select.random_selection",
     "check_packing": "peftkern.integrations",
+    "dpo_loss": "peftkern.integrations",
+    "orpo_loss": "peftkern.integrations",
     "quantize_": "peftkern.integrations",
+    "token_logprobs": "peftkern.integrations",
 }
 
 
@@ -74,6 +82,7 @@ __all__ = [
     "PackingCollator",
     "PatchReport",
     "Plan",
+    "PreferenceLoss",
     "Preset",
     "QuantConfig",
     "QuantizedLinear",
@@ -83,11 +92,14 @@ __all__ = [
     "__version__",
     "adapters_by_row",
     "check_packing",
+    "dpo_loss",
     "ops",
     "optim",
+    "orpo_loss",
     "patch",
     "plan",
     "quantize_",
+    "token_logprobs",
     "unpatch",
     "verify",
     "which",
