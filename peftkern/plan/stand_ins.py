@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftkern.backends import chunked_loss
 from peftkern.ops.lora_linear import Adapters, Weight, compute_dtype
+from peftkern.ops.silu_mul import NOTHING_FREE
 
 LoraGradients = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]"]
 
@@ -45,14 +46,27 @@ def _lora_linear_backward(
     return grad_x, made[:count], made[count:]
 
 
-def _silu_mul(gate: Tensor, _up: Tensor) -> Tensor:
-    return torch.empty_like(gate)
+def _silu_mul(gate: Tensor, _up: Tensor, _activation: str = "silu", out: Tensor | None = None) -> Tensor:
+    return torch.empty_like(gate) if out is None else out
 
 
 def _silu_mul_backward(
-    _grad: Tensor, gate: Tensor, _up: Tensor | None, need_gate: bool, need_up: bool
+    _grad: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    need_gate: bool,
+    need_up: bool,
+    _activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None]:
-    return torch.empty_like(gate) if need_gate else None, torch.empty_like(gate) if need_up else None
+    return _over(gate, need_gate, free[0]), _over(gate if up is None else up, need_up, free[1] and up is not None)
+
+
+def _over(tensor: Tensor, needed: bool, free: bool) -> Tensor | None:
+    """Memory for a gradient: that of ``tensor`` where it is free."""
+    if not needed:
+        return None
+    return tensor if free and tensor.is_contiguous() else torch.empty_like(tensor)
 
 
 def _gated_lora_linear_backward(
@@ -65,14 +79,14 @@ def _gated_lora_linear_backward(
     need_gate: bool,
     need_up: bool,
     need_lora: Sequence[bool],
+    activation: str = "silu",
+    free: tuple[bool, bool] = NOTHING_FREE,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    x = torch.empty_like(gate) if any(need_lora[: len(adapters)]) else None
-    need_x = need_gate or need_up
-    grad_x, grad_A, grad_B = _lora_linear_backward(grad, x, weight, adapters, h, need_x, need_lora)
-    del x
+    # the product of the forward pass is made again over its gradient
+    grad_x, grad_A, grad_B = _lora_linear_backward(grad, gate, weight, adapters, h, need_gate or need_up, need_lora)
     if grad_x is None:
         return None, None, grad_A, grad_B
-    return *_silu_mul_backward(grad_x, gate, up, need_gate, need_up), grad_A, grad_B
+    return *_silu_mul_backward(grad_x, gate, up, need_gate, need_up, activation, free), grad_A, grad_B
 
 
 def _sparse_delta(*_arguments: Any) -> None:
