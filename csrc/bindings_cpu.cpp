@@ -171,6 +171,61 @@ void silu_mul_backward(const std::string& isa, int activation, uintptr_t grad, u
   cpu::run_silu_mul_backward(kernels, s, threads);
 }
 
+// (data, row_stride); data 0: not there
+using RowsTuple = std::tuple<uintptr_t, int64_t>;
+
+void norm(const std::string& isa, const RowsTuple& x, const RowsTuple& residual, uintptr_t weight, uintptr_t bias,
+          uintptr_t y, uintptr_t total, uintptr_t mean, uintptr_t rstd, int dtype, int64_t rows, int64_t features,
+          float eps, float weight_offset, bool round_first, int threads) {
+  if (std::get<0>(x) == 0) throw std::invalid_argument("norm: x must have memory on the CPU");
+  cpu::Norm n;
+  n.x = pointer<void>(std::get<0>(x));
+  n.x_stride = std::get<1>(x);
+  n.residual = pointer<void>(std::get<0>(residual));
+  n.residual_stride = std::get<1>(residual);
+  n.weight = pointer<float>(weight);
+  n.bias = pointer<float>(bias);
+  n.y = reinterpret_cast<void*>(y);
+  n.total = reinterpret_cast<void*>(total);
+  n.mean = reinterpret_cast<float*>(mean);
+  n.rstd = reinterpret_cast<float*>(rstd);
+  n.dtype = static_cast<DType>(dtype);
+  n.rows = rows;
+  n.features = features;
+  n.eps = eps;
+  n.weight_offset = weight_offset;
+  n.round_first = round_first;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_norm(kernels, n, threads);
+}
+
+void norm_backward(const std::string& isa, const RowsTuple& grad, const RowsTuple& grad_total, const RowsTuple& total,
+                   uintptr_t weight, uintptr_t mean, uintptr_t rstd, uintptr_t grad_x, uintptr_t grad_weight,
+                   uintptr_t grad_bias, int dtype, int64_t rows, int64_t features, float weight_offset, int threads) {
+  if (std::get<0>(grad) == 0) throw std::invalid_argument("norm_backward: grad must have memory on the CPU");
+  cpu::NormBackward n;
+  n.grad = pointer<void>(std::get<0>(grad));
+  n.grad_stride = std::get<1>(grad);
+  n.grad_total = pointer<void>(std::get<0>(grad_total));
+  n.grad_total_stride = std::get<1>(grad_total);
+  n.total = pointer<void>(std::get<0>(total));
+  n.total_stride = std::get<1>(total);
+  n.weight = pointer<float>(weight);
+  n.mean = pointer<float>(mean);
+  n.rstd = pointer<float>(rstd);
+  n.grad_x = reinterpret_cast<void*>(grad_x);
+  n.grad_weight = reinterpret_cast<float*>(grad_weight);
+  n.grad_bias = reinterpret_cast<float*>(grad_bias);
+  n.dtype = static_cast<DType>(dtype);
+  n.rows = rows;
+  n.features = features;
+  n.weight_offset = weight_offset;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_norm_backward(kernels, n, threads);
+}
+
 // (data, dtype, token_stride); data 0: not there
 using TokenRowsTuple = std::tuple<uintptr_t, int, int64_t>;
 
@@ -398,6 +453,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("activation"), py::arg("grad"),
              py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"),
              py::arg("elements"), py::arg("threads"), "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
+  module.def("norm", &norm, py::arg("isa"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+             py::arg("y"), py::arg("total"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("rows"),
+             py::arg("features"), py::arg("eps"), py::arg("weight_offset"), py::arg("round_first"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Norm, says what is computed.");
+  module.def("norm_backward", &norm_backward, py::arg("isa"), py::arg("grad"), py::arg("grad_total"), py::arg("total"),
+             py::arg("weight"), py::arg("mean"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"),
+             py::arg("grad_bias"), py::arg("dtype"), py::arg("rows"), py::arg("features"), py::arg("weight_offset"),
+             py::arg("threads"), "csrc/cpu/kernels.h, struct NormBackward, says what is computed.");
   module.def("sparse_product", &sparse_product, py::arg("isa"), py::arg("tokens"), py::arg("source"), py::arg("target"),
              py::arg("pair"), py::arg("order"), py::arg("values"), py::arg("gradients"), py::arg("scaling"),
              py::arg("threads"), "csrc/cpu/kernels.h, struct SparseProduct, says what is computed.");

@@ -101,6 +101,45 @@ struct SiluMul {
   int64_t elements = 0;
 };
 
+// Rows of one dtype, normalised; features lie next to each other. Where there is a residual, total = x + residual is
+// written and normalised instead of x. mean null: the mean is not subtracted. weight or bias null: there is none.
+struct Norm {
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const void* residual = nullptr;
+  int64_t residual_stride = 0;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  void* y = nullptr;  // contiguous, as total
+  void* total = nullptr;
+  float* mean = nullptr;  // of each row
+  float* rstd = nullptr;
+  DType dtype = DType::float32;
+  int64_t rows = 0, features = 0;
+  float eps = 0, weight_offset = 0;
+  bool round_first = false;
+};
+
+// grad_x = the gradient of what was normalised, and grad_total added where there is one. A gradient whose pointer is
+// null is not wanted.
+struct NormBackward {
+  const void* grad = nullptr;
+  int64_t grad_stride = 0;
+  const void* grad_total = nullptr;
+  int64_t grad_total_stride = 0;
+  const void* total = nullptr;
+  int64_t total_stride = 0;
+  const float* weight = nullptr;
+  const float* mean = nullptr;
+  const float* rstd = nullptr;
+  void* grad_x = nullptr;  // contiguous
+  float* grad_weight = nullptr;
+  float* grad_bias = nullptr;
+  DType dtype = DType::float32;
+  int64_t rows = 0, features = 0;
+  float weight_offset = 0;
+};
+
 // Activations, or what is added to, [tokens, features]: features lie next to each other.
 struct TokenRows {
   void* data = nullptr;
@@ -234,6 +273,9 @@ struct Kernels {
   void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
   void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
+  void (*norm_rows)(const Norm&, int64_t begin, int64_t end);
+  // Adds to the sums of these rows' gradients of weight and bias, [features] each; null where they are not wanted.
+  void (*norm_backward_rows)(const NormBackward&, int64_t begin, int64_t end, float* weight_sums, float* bias_sums);
   // Blocks of tokens [first, last) and features of the target [begin, end), begin being a multiple of kSparseStep.
   void (*sparse_blocks)(const SparseProduct&, const SparseScratch&, int64_t first, int64_t last, int64_t begin,
                         int64_t end);

@@ -8,6 +8,7 @@
 #include <new>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -99,6 +100,37 @@ void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads) {
 void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads) {
   for_block_ranges(s.elements, 1, threads,
                    [&](int64_t begin, int64_t end) { kernels.silu_mul_backward_elements(s, begin, end); });
+}
+
+void run_norm(const Kernels& kernels, const Norm& n, int threads) {
+  for_block_ranges(n.rows * n.features, n.features, threads,
+                   [&](int64_t begin, int64_t end) { kernels.norm_rows(n, begin, end); });
+}
+
+// The gradients of weight and bias are summed over groups of rows, which do not depend on the threads, and these in
+// their order.
+void run_norm_backward(const Kernels& kernels, const NormBackward& n, int threads) {
+  if (n.grad_weight == nullptr && n.grad_bias == nullptr) {
+    for_block_ranges(n.rows * n.features, n.features, threads,
+                     [&](int64_t begin, int64_t end) { kernels.norm_backward_rows(n, begin, end, nullptr, nullptr); });
+    return;
+  }
+  constexpr int64_t kMostGroups = 32;
+  const int64_t group_rows = std::max(divide_up(n.rows, kMostGroups), divide_up(kElementsPerTask, n.features));
+  const int64_t groups = divide_up(n.rows, group_rows);
+  float* const sums =
+      static_cast<float*>(thread_scratch<Scratch::call>(static_cast<size_t>(2 * groups * n.features) * sizeof(float)));
+  std::fill_n(sums, 2 * groups * n.features, 0.0f);
+  parallel_for(groups, threads, [&](int64_t group) {
+    float* const own = sums + 2 * group * n.features;
+    kernels.norm_backward_rows(n, group * group_rows, std::min(n.rows, (group + 1) * group_rows),
+                               n.grad_weight == nullptr ? nullptr : own,
+                               n.grad_bias == nullptr ? nullptr : own + n.features);
+  });
+  const std::pair<float*, int64_t> wanted[] = {{n.grad_weight, 0}, {n.grad_bias, n.features}};
+  for (const auto& [out, offset] : wanted)
+    for (int64_t group = 0; out != nullptr && group < groups; ++group)
+      for (int64_t f = 0; f < n.features; ++f) out[f] += sums[2 * group * n.features + offset + f];
 }
 
 namespace {

@@ -35,6 +35,7 @@ ELSEWHERE = NotMeant("the tensors are on another device")
 _MODULES = (
     "peftkern.backends.cpu",
     "peftkern.backends.cpu_sparse_delta",
+    "peftkern.backends.cpu_norm",
     "peftkern.backends.cpu_optimizer",
     "peftkern.backends.cpu_select",
     "peftkern.backends.chunked_loss",

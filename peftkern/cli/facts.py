@@ -21,6 +21,7 @@ from peftkern.ops.adamw import coefficients_of, empty_moments
 from peftkern.ops.linear_cross_entropy import Needs, Terms
 from peftkern.ops.lora_linear import Adapters
 from peftkern.ops.lora_linear_group import Member
+from peftkern.ops.norm import NormForm
 from peftkern.ops.select_top import PASSES, Scored
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "triton", "bitsandbytes")
@@ -120,6 +121,10 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = str(dtype).removeprefix("torch.")
         yield "silu_mul", text, partial(tuple, (gate, gate))
         yield "silu_mul_backward", text, partial(tuple, (gate, gate, gate, True, True))
+        rows, scale = torch.zeros(_TOKENS), torch.zeros(_FEATURES)
+        yield "norm", text, partial(tuple, (gate, None, scale, None, NormForm(1e-6)))
+        backward = (gate, None, gate, scale, None, rows, NormForm(1e-6), True, False, False)
+        yield "norm_backward", text, partial(tuple, backward)
     labels = torch.zeros(_TOKENS, dtype=torch.int64)
     for dtype in (torch.float32, torch.bfloat16):
         hidden, head = torch.zeros(_TOKENS, _FEATURES, dtype=dtype), torch.zeros(_FEATURES, _FEATURES, dtype=dtype)

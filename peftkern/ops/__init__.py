@@ -11,6 +11,7 @@ from peftkern.ops.lora_linear_group import lora_linear_group
 from peftkern.ops.lora_mlp import lora_mlp
 from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.mixed_lora_linear import mixed_lora_linear
+from peftkern.ops.norm import layer_norm, rms_norm
 from peftkern.ops.quantize import quantize
 from peftkern.ops.select_top import quantile_of, select_top
 from peftkern.ops.silu_mul import silu_mul
@@ -28,6 +29,7 @@ __all__ = [
     "gated_lora_linear",
     "importance_dot",
     "label_logprobs",
+    "layer_norm",
     "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
@@ -37,6 +39,7 @@ __all__ = [
     "probe_dot",
     "quantile_of",
     "quantize",
+    "rms_norm",
     "select_top",
     "silu_mul",
     "sparse_delta_linear",

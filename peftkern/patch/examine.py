@@ -15,6 +15,7 @@ from peftkern.formats import QuantizedTensor
 from peftkern.nn.masked_linear import mask_of, masked_weight
 from peftkern.nn.sparse_linear import deltas_of, under_deltas
 from peftkern.ops.lora_linear_group import backend_for
+from peftkern.ops.norm import NormForm
 from peftkern.patch import fused
 from peftkern.patch.arguments import (
     LayerArguments,
@@ -30,6 +31,7 @@ from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
 from peftkern.patch.recompute import KEEPS, MADE_AGAIN, read_block
+from peftkern.patch.norms import FEW_RUN_ORIGINAL, norm_kind, read_norm
 from peftkern.patch.report import PatchRow
 from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight
@@ -115,6 +117,8 @@ def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
             continue
         elif is_gated_mlp(original_class(type(module))):
             yield _gated_finding(name, module, setting)
+        elif norm_kind(original_class(type(module))) is not None:
+            yield _norm_finding(name, module, setting)
         elif isinstance(module, nn.Linear):
             yield _plain_finding(name, module, setting)
         elif _is_a(module, "transformers.pytorch_utils", "Conv1D"):
@@ -278,6 +282,25 @@ def _gated_finding(name: str, block: Any, setting: _Setting) -> Finding:
     kernel = f"silu_mul on {choice.backend}"
     row = PatchRow(name, _class_name(block), "", "fused", kernel, wanted=True, calls_left=_calls(block))
     return Finding(name, block, row, fused.fused_class(original_class(type(block))))
+
+
+def _norm_finding(name: str, norm: Any, setting: _Setting) -> Finding:
+    kind = norm_kind(original_class(type(norm)))
+    assert kind is not None
+    try:
+        if has_own_forward(norm):
+            raise NotFused(OWN_FORWARD)
+        weight, eps = read_norm(norm, kind)
+        row = torch.empty(1, 1, dtype=setting.dtype, device=None if weight is None else weight.device)
+        choice = registry.choose("norm", row, None, None, None, NormForm(eps), backend=setting.backend)
+        if choice.backend == "reference" and choice.reason != "forced":
+            raise NotFused(f"no kernel for {row.dtype} on {row.device.type}: {choice.reason}")
+    except NotFused as refusal:
+        return Finding(name, norm, _left(name, norm, str(refusal)))
+    note = FEW_RUN_ORIGINAL if choice.reason != "forced" else ""
+    kernel = f"rms_norm on {choice.backend}"
+    report_row = PatchRow(name, _class_name(norm), "", "fused", kernel, note, calls_left=_calls(norm))
+    return Finding(name, norm, report_row, fused.fused_class(original_class(type(norm))))
 
 
 def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:

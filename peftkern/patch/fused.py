@@ -10,6 +10,7 @@ a fused layer needs sits in one entry of its `__dict__`, and goes when the layer
     y = down(a(gate(x)) ⊙ up(x))                             a gated block, over layers of any kind; where down is
                                                              fused too, its input is not kept but made again, and
                                                              on request gate(x) and up(x) are as well
+    y = x / √(mean(x²) + ε) ⊙ (w + o)                        a root mean square norm
     loss = cross_entropy(head(hidden), labels)               a language model in training, without its logits
 
 Whatever this does not cover raises `NotFused` and then runs what the original runs, counted and logged.
@@ -54,6 +55,7 @@ from peftkern.patch.arguments import (
 from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
 from peftkern.patch.recompute import KEEPS, read_block, run_block
+from peftkern.patch.norms import NormKind, norm_kind, normalize, runs_original
 from peftkern.patch.weights import KNOWN_TENSORS, LastMade, NotFused, base_kind, original_class
 
 if TYPE_CHECKING:
@@ -175,6 +177,9 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
         return {"forward": _gated_forward}
     if tail_of(original) is not None:
         return {"forward": _language_model_forward(original)}
+    norm = norm_kind(original)
+    if norm is not None:
+        return {"forward": _norm_forward(original, norm)}
     kind = base_kind(original)
     has_deltas = under_deltas(original) is not original
     return {"forward": _base_forward(original)} if kind is not None and (kind.swap or has_deltas) else None
@@ -232,6 +237,24 @@ def _language_model_forward(original: Any) -> Callable[..., Any]:
             reason = str(refusal)
         state.note(reason)
         return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _norm_forward(original: Any, kind: NormKind) -> Callable[..., Tensor]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.__dict__[STATE]
+        if kwargs or len(args) != 1:
+            reason = "called with its input by name"
+        elif runs_original(args[0], state.backend):
+            return original.forward(self, *args)  # type: ignore[no-any-return]
+        else:
+            try:
+                return normalize(self, kind, args[0], state.backend)
+            except NotFused as refusal:
+                reason = str(refusal)
+        state.note(reason)
+        return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
 
     return forward
 

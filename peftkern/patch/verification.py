@@ -242,7 +242,7 @@ def _check_of(name: str, rows: dict[str, VerifyRow]) -> Callable[..., None]:
         base = getattr(module, "base_layer", module)
         with torch.no_grad(), originals([module, base]):
             expected = type(module).forward(module, *args, **kwargs)
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else next(iter(kwargs.values()))
         row = VerifyRow("output", name, _error(output, expected), _tolerance(base, x, output))
         if name not in rows or _severity(row) > _severity(rows[name]):
             rows[name] = row

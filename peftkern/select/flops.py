@@ -154,6 +154,7 @@ def _warn_unknown(name: str) -> None:
 # ---- operators with several outputs
 
 _LAYER_NORM = (10.0, 3.0, 1.0)  # per element: of x, of the weight, of the bias
+_RMS_NORM = 4.0  # per element: a square, a sum, and two factors
 
 
 def _norm_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
@@ -336,6 +337,18 @@ def _linear_cross_entropy(arguments: Mapping[str, Any], _out: Any) -> Parts:
     return [Part(product), *(Part(product, outputs) for outputs in wanted)]
 
 
+def _norm(arguments: Mapping[str, Any], out: Any) -> Parts:
+    adds_residual = arguments["residual"] is not None
+    return [Part((_RMS_NORM + adds_residual) * out[0].numel())]
+
+
+def _norm_operator_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
+    places = _Places()
+    wanted = [places.take(arguments[name]) for name in ("need_x", "need_weight", "need_bias")]
+    each = zip(_LAYER_NORM, wanted, strict=True)
+    return [Part(flops * _largest(arguments["total"]), outputs) for flops, outputs in each if outputs]
+
+
 _FORMULAS: Mapping[str, Formula] = {
     "aten::native_layer_norm_backward": _norm_backward,
     "aten::_fused_rms_norm_backward": _norm_backward,
@@ -362,6 +375,8 @@ _FORMULAS: Mapping[str, Formula] = {
     "peftkern::sparse_delta": _sparse_delta,
     "peftkern::sparse_delta_backward": _sparse_delta_backward,
     "peftkern::linear_cross_entropy": _linear_cross_entropy,
+    "peftkern::norm": _norm,
+    "peftkern::norm_backward": _norm_operator_backward,
     "peftkern::silu_mul": _silu_mul,
     "peftkern::silu_mul_backward": _silu_mul_backward,
 }

@@ -25,6 +25,9 @@ from peftkern.nn import QuantizedLinear
 BASES = ("dense", "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-int8", "nf4", "int8")
 """Kinds of base layers: the last two are `QuantizedLinear`."""
 
+OTHERS = 5
+"""Modules of a `llama` that are patched whatever its linear layers and blocks: norms."""
+
 VOCABULARY = 96
 ALORA: dict[str, Any] = {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}
 """Options of an adapter that the fused product does not cover."""

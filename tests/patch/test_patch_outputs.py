@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from patch_models import (
     BASES,
     DEEP,
+    OTHERS,
     TOLERANCE,
     assert_same_run,
     bert,
@@ -32,7 +33,7 @@ def test_forward_and_backward_agree(base: str) -> None:
     model = lora(llama(base))
     expected = run(model, text())
     report = patch(model, strict=True)
-    assert report.counts["fused"] == 16
+    assert report.counts["fused"] == 16 + OTHERS
     assert_same_run(model, text(), expected)
 
 
