@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string>
@@ -169,6 +170,45 @@ void silu_mul_backward(const std::string& isa, int activation, uintptr_t grad, u
   const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
   const py::gil_scoped_release release;
   cpu::run_silu_mul_backward(kernels, s, threads);
+}
+
+// (data, out, heads, strides, out_strides)
+using RotaryStatesTuple = std::tuple<uintptr_t, uintptr_t, int64_t, std::array<int64_t, 3>, std::array<int64_t, 3>>;
+// (data, strides)
+using AnglesTuple = std::tuple<uintptr_t, std::array<int64_t, 2>>;
+
+void rotary(const std::string& isa, const std::vector<RotaryStatesTuple>& states, const AnglesTuple& cos,
+            const AnglesTuple& sin, int dtype, int angle_dtype, const std::array<int64_t, 4>& sizes, bool interleaved,
+            bool inverse, int threads) {
+  std::vector<cpu::RotaryStates> all;
+  for (const RotaryStatesTuple& t : states) {
+    if (std::get<0>(t) == 0) throw std::invalid_argument("rotary: q and k must have memory on the CPU");
+    cpu::RotaryStates s;
+    s.x = pointer<void>(std::get<0>(t));
+    s.out = reinterpret_cast<void*>(std::get<1>(t));
+    s.heads = std::get<2>(t);
+    std::copy_n(std::get<3>(t).begin(), 3, s.strides);
+    std::copy_n(std::get<4>(t).begin(), 3, s.out_strides);
+    all.push_back(s);
+  }
+  cpu::Rotary r;
+  r.states = all.data();
+  r.state_count = static_cast<int64_t>(all.size());
+  r.cos = pointer<void>(std::get<0>(cos));
+  r.sin = pointer<void>(std::get<0>(sin));
+  std::copy_n(std::get<1>(cos).begin(), 2, r.cos_strides);
+  std::copy_n(std::get<1>(sin).begin(), 2, r.sin_strides);
+  r.dtype = static_cast<DType>(dtype);
+  r.angle_dtype = static_cast<DType>(angle_dtype);
+  r.batch = sizes[0];
+  r.tokens = sizes[1];
+  r.head_dim = sizes[2];
+  r.rotary_dim = sizes[3];
+  r.interleaved = interleaved;
+  r.inverse = inverse;
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_rotary(kernels, r, threads);
 }
 
 // (data, row_stride); data 0: not there
@@ -453,6 +493,9 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("silu_mul_backward", &silu_mul_backward, py::arg("isa"), py::arg("activation"), py::arg("grad"),
              py::arg("gate"), py::arg("up"), py::arg("out"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("dtype"),
              py::arg("elements"), py::arg("threads"), "csrc/cpu/kernels.h, struct SiluMul, says what is computed.");
+  module.def("rotary", &rotary, py::arg("isa"), py::arg("states"), py::arg("cos"), py::arg("sin"), py::arg("dtype"),
+             py::arg("angle_dtype"), py::arg("sizes"), py::arg("interleaved"), py::arg("inverse"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Rotary, says what is computed; sizes: batch, tokens, head_dim, rotary_dim.");
   module.def("norm", &norm, py::arg("isa"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
              py::arg("y"), py::arg("total"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("rows"),
              py::arg("features"), py::arg("eps"), py::arg("weight_offset"), py::arg("round_first"), py::arg("threads"),

@@ -140,6 +140,28 @@ struct NormBackward {
   float weight_offset = 0;
 };
 
+// Queries or keys, [batch, heads, tokens, head_dim]: the numbers of a head lie next to each other.
+struct RotaryStates {
+  const void* x = nullptr;
+  void* out = nullptr;
+  int64_t heads = 0;
+  int64_t strides[3] = {}, out_strides[3] = {};  // of batch, heads, tokens
+};
+
+// All states turned by the same angles, or back (`inverse`). Cosines and sines are [batch, tokens, rotary_dim].
+struct Rotary {
+  const RotaryStates* states = nullptr;
+  int64_t state_count = 0;
+  const void* cos = nullptr;
+  const void* sin = nullptr;
+  int64_t cos_strides[2] = {}, sin_strides[2] = {};
+  DType dtype = DType::float32;
+  DType angle_dtype = DType::float32;
+  int64_t batch = 0, tokens = 0, head_dim = 0, rotary_dim = 0;
+  bool interleaved = false;
+  bool inverse = false;
+};
+
 // Activations, or what is added to, [tokens, features]: features lie next to each other.
 struct TokenRows {
   void* data = nullptr;
@@ -273,6 +295,7 @@ struct Kernels {
   void (*dequantize_blocks)(const Dequantization&, int64_t begin, int64_t end);
   void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
+  void (*rotary_rows)(const Rotary&, int64_t begin, int64_t end);
   void (*norm_rows)(const Norm&, int64_t begin, int64_t end);
   // Adds to the sums of these rows' gradients of weight and bias, [features] each; null where they are not wanted.
   void (*norm_backward_rows)(const NormBackward&, int64_t begin, int64_t end, float* weight_sums, float* bias_sums);

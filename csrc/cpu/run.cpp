@@ -102,6 +102,14 @@ void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads
                    [&](int64_t begin, int64_t end) { kernels.silu_mul_backward_elements(s, begin, end); });
 }
 
+void run_rotary(const Kernels& kernels, const Rotary& r, int threads) {
+  int64_t row = 0;
+  for (int64_t s = 0; s < r.state_count; ++s) row += r.states[s].heads * r.head_dim;
+  if (row == 0) return;
+  for_block_ranges(r.batch * r.tokens * row, row, threads,
+                   [&](int64_t begin, int64_t end) { kernels.rotary_rows(r, begin, end); });
+}
+
 void run_norm(const Kernels& kernels, const Norm& n, int threads) {
   for_block_ranges(n.rows * n.features, n.features, threads,
                    [&](int64_t begin, int64_t end) { kernels.norm_rows(n, begin, end); });

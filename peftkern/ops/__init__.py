@@ -13,6 +13,7 @@ from peftkern.ops.masked_linear import masked_linear
 from peftkern.ops.mixed_lora_linear import mixed_lora_linear
 from peftkern.ops.norm import layer_norm, rms_norm
 from peftkern.ops.quantize import quantize
+from peftkern.ops.rotary import rotary
 from peftkern.ops.select_top import quantile_of, select_top
 from peftkern.ops.silu_mul import silu_mul
 from peftkern.ops.sparse_delta_linear import add_sparse_delta, sparse_delta_linear
@@ -40,6 +41,7 @@ __all__ = [
     "quantile_of",
     "quantize",
     "rms_norm",
+    "rotary",
     "select_top",
     "silu_mul",
     "sparse_delta_linear",

@@ -353,10 +353,11 @@ def _gradients(
     form, weight_dtype, bias_dtype, backend = ctx.call
     if grad is None:  # of y nothing was used
         return grad_total if need_x else None, grad_total if need_residual else None, None, None
-    if not ctx.saved_tensors:
+    saved = ctx.saved_tensors
+    if not saved:
         return None, None, None, bias_gradient(grad) if need_bias else None
     needs = (need_x or need_residual, need_weight, need_bias)
-    grad_x, grad_weight, grad_bias = run(grad, grad_total, *ctx.saved_tensors, form, needs, backend)
+    grad_x, grad_weight, grad_bias = run(grad, grad_total, *saved, form, needs, backend)
     return (
         grad_x if need_x else None,
         grad_x if need_residual else None,

@@ -292,15 +292,23 @@ def _norm_finding(name: str, norm: Any, setting: _Setting) -> Finding:
             raise NotFused(OWN_FORWARD)
         weight, eps = read_norm(norm, kind)
         row = torch.empty(1, 1, dtype=setting.dtype, device=None if weight is None else weight.device)
-        choice = registry.choose("norm", row, None, None, None, NormForm(eps), backend=setting.backend)
-        if choice.backend == "reference" and choice.reason != "forced":
-            raise NotFused(f"no kernel for {row.dtype} on {row.device.type}: {choice.reason}")
+        choice = _norm_choice(row, NormForm(eps), setting)
     except NotFused as refusal:
         return Finding(name, norm, _left(name, norm, str(refusal)))
     note = FEW_RUN_ORIGINAL if choice.reason != "forced" else ""
     kernel = f"rms_norm on {choice.backend}"
     report_row = PatchRow(name, _class_name(norm), "", "fused", kernel, note, calls_left=_calls(norm))
     return Finding(name, norm, report_row, fused.fused_class(original_class(type(norm))))
+
+
+def _norm_choice(row: Tensor, form: NormForm, setting: _Setting) -> registry.Choice:
+    try:
+        choice = registry.choose("norm", row, None, None, None, form, backend=setting.backend)
+    except registry.BackendError as error:  # there are backends of linear layers alone
+        raise NotFused(str(error)) from None
+    if choice.backend == "reference" and choice.reason != "forced":
+        raise NotFused(f"no kernel for {row.dtype} on {row.device.type}: {choice.reason}")
+    return choice
 
 
 def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import peft
-from patch_models import ALORA, OTHERS, llama, lora, text
+from patch_models import ALORA, NORMS, OTHERS, OTHERS_LEFT, llama, lora, text
 from torch import nn
 
 from peftkern.patch import PatchReport, PatchRow, patch
@@ -15,15 +15,16 @@ def test_thirty_layers_print_as_one_line_per_kind() -> None:
     model = lora(llama("nf4"))
     report = patch(model)
     lines = str(report).splitlines()
-    assert len(report.rows) == 17
-    assert len(lines) == 2 + 9 + 1
+    assert len(report.rows) == 17 + NORMS
+    assert len([line for line in lines if "norm" not in line and not line.startswith("[")]) == 2 + 9 + 1
+    assert len([line for line in lines if "LlamaRMSNorm" in line]) == 3
     [line] = [line for line in lines if "up_proj" in line]
     assert line.split()[:5] == ["base_model.model.model.layers.*.mlp.up_proj", "2", "lora.Linear", "nf4", "192×64"]
     assert "lora_linear on " in line
     [line] = [line for line in lines if "lm_head" in line]
     assert "(left)" in line
     assert line.endswith("dense, no adapter")
-    assert lines[-1] == "16 modules fused, 1 left alone"
+    assert lines[-1] == f"{16 + OTHERS} modules fused, {1 + OTHERS_LEFT} left alone"
 
 
 def test_rows_that_differ_are_not_grouped() -> None:
@@ -38,9 +39,10 @@ def test_rows_that_differ_are_not_grouped() -> None:
 def test_long_remarks_become_footnotes() -> None:
     lines = str(patch(lora(llama("bnb-int8")))).splitlines()
     assert sum(line.endswith("[1]") for line in lines) == 7
-    assert [line for line in lines if line.startswith("[1] ")] == [lines[-2]]
-    assert not any("[2]" in line for line in lines)
-    assert max(map(len, lines[:-2])) < 150
+    notes = [line for line in lines if line.startswith("[")]
+    assert [note[:4] for note in notes] == [f"[{index}] " for index in range(1, len(notes) + 1)]
+    assert notes == lines[-1 - len(notes) : -1] and len(notes) == 2  # int8, and short inputs or norms without kernel
+    assert max(map(len, lines[: -1 - len(notes)])) < 150
 
 
 def test_calls_left_show_in_the_next_report() -> None:
@@ -56,11 +58,13 @@ def test_data_is_json() -> None:
     model = lora(llama("bnb-nf4"), target_modules=["q_proj"], **ALORA)
     report = patch(model)
     data = json.loads(json.dumps(report.to_dict()))
-    assert data["counts"] == {"fused": 16 + OTHERS, "left": 3}
-    assert data["reasons"] == {"adapter 'default' is a ALoraLinearVariant": 2, "dense, no adapter": 1}
+    assert data["counts"] == {"fused": 16 + OTHERS, "left": 3 + OTHERS_LEFT}
+    reasons = {reason: count for reason, count in data["reasons"].items() if "kernel" not in reason}
+    assert reasons == {"adapter 'default' is a ALoraLinearVariant": 2, "dense, no adapter": 1}
     assert [PatchRow(**row) for row in data["rows"]] == list(report.rows)
-    assert {row.kind for row in report.fused} == {"bnb.Linear4bit", "LlamaMLP"}
-    assert {row.reason for row in report.fused} == {"no adapter", "the base layer alone", ""}
+    fused = [row for row in report.fused if row.kind != "LlamaRMSNorm"]
+    assert {row.kind for row in fused} == {"bnb.Linear4bit", "LlamaMLP"}
+    assert {row.reason for row in fused} == {"no adapter", "the base layer alone", ""}
 
 
 def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
@@ -72,8 +76,8 @@ def test_the_base_of_a_fused_layer_has_no_row_of_its_own() -> None:
 
 def test_quantized_linear_without_adapter_is_named_as_ours() -> None:
     report = patch(llama("nf4"), strict=True)
-    assert report.counts == {"fused": 16 + OTHERS, "left": 1}
-    assert {row.kind for row in report.fused} == {"QuantizedLinear", "LlamaMLP"}
+    assert report.counts == {"fused": 16 + OTHERS, "left": 1 + OTHERS_LEFT}
+    assert {row.kind for row in report.fused} - {"LlamaRMSNorm"} == {"QuantizedLinear", "LlamaMLP"}
 
 
 def test_a_model_without_linear_layers() -> None:

@@ -15,6 +15,8 @@
 //
 #include "cpu/isa/norm.inl.h"
 //
+#include "cpu/isa/rotary.inl.h"
+//
 #include "cpu/isa/sparse_delta.inl.h"
 //
 #include "cpu/isa/adamw.inl.h"
@@ -25,14 +27,14 @@
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      kNativeBfloat16,   kNativeFloat16,       product_scratch,
-      product_tasks,     product_task,         quantize_blocks,
-      dequantize_blocks, silu_mul_elements,    silu_mul_backward_elements,
-      norm_rows,         norm_backward_rows,   sparse_blocks,
-      sparse_gradients,  adamw_elements,       encode_moments,
-      decode_moments,    adamw_probe_elements, score_counts,
-      score_compare,     score_collect,        add_importance,
-      sum_importance,
+      kNativeBfloat16,   kNativeFloat16,    product_scratch,
+      product_tasks,     product_task,      quantize_blocks,
+      dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
+      rotary_rows,       norm_rows,         norm_backward_rows,
+      sparse_blocks,     sparse_gradients,  adamw_elements,
+      encode_moments,    decode_moments,    adamw_probe_elements,
+      score_counts,      score_compare,     score_collect,
+      add_importance,    sum_importance,
   };
   return &table;
 }
