@@ -121,6 +121,8 @@ def typical_calls() -> Iterator[tuple[str, str, Arguments]]:
         text = str(dtype).removeprefix("torch.")
         yield "silu_mul", text, partial(tuple, (gate, gate))
         yield "silu_mul_backward", text, partial(tuple, (gate, gate, gate, True, True))
+        states, angles = torch.zeros(1, 2, _TOKENS, 16, dtype=dtype), torch.zeros(1, _TOKENS, 16)
+        yield "rotary", text, partial(tuple, ((states, states), angles, angles, False, False))
         rows, scale = torch.zeros(_TOKENS), torch.zeros(_FEATURES)
         yield "norm", text, partial(tuple, (gate, None, scale, None, NormForm(1e-6)))
         backward = (gate, None, gate, scale, None, rows, NormForm(1e-6), True, False, False)

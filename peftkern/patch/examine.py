@@ -30,8 +30,8 @@ from peftkern.patch.experts import holds_packed_experts
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
-from peftkern.patch.recompute import KEEPS, MADE_AGAIN, read_block
 from peftkern.patch.norms import FEW_RUN_ORIGINAL, norm_kind, read_norm
+from peftkern.patch.recompute import KEEPS, MADE_AGAIN, read_block
 from peftkern.patch.report import PatchRow
 from peftkern.patch.shared_input import group_members, sibling_groups
 from peftkern.patch.weights import NotFused, base_kind, original_class, read_weight

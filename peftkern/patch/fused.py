@@ -54,8 +54,8 @@ from peftkern.patch.arguments import (
 )
 from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
-from peftkern.patch.recompute import KEEPS, read_block, run_block
 from peftkern.patch.norms import NormKind, norm_kind, normalize, runs_original
+from peftkern.patch.recompute import KEEPS, read_block, run_block
 from peftkern.patch.weights import KNOWN_TENSORS, LastMade, NotFused, base_kind, original_class
 
 if TYPE_CHECKING:

@@ -349,6 +349,10 @@ def _norm_operator_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
     return [Part(flops * _largest(arguments["total"]), outputs) for flops, outputs in each if outputs]
 
 
+def _rotary(_arguments: Mapping[str, Any], out: Any) -> Parts:
+    return [Part(3 * turned.numel(), (index,)) for index, turned in enumerate(out)]
+
+
 _FORMULAS: Mapping[str, Formula] = {
     "aten::native_layer_norm_backward": _norm_backward,
     "aten::_fused_rms_norm_backward": _norm_backward,
@@ -377,6 +381,7 @@ _FORMULAS: Mapping[str, Formula] = {
     "peftkern::linear_cross_entropy": _linear_cross_entropy,
     "peftkern::norm": _norm,
     "peftkern::norm_backward": _norm_operator_backward,
+    "peftkern::rotary": _rotary,
     "peftkern::silu_mul": _silu_mul,
     "peftkern::silu_mul_backward": _silu_mul_backward,
 }
