@@ -1,4 +1,4 @@
-"""Run the linear, LoRA and gated feed-forward layers of a model on fused kernels, in place, and undo it.
+"""Run the linear, LoRA and gated feed-forward layers of a model and its norms on fused kernels, in place, and undo it.
 
 `patch` swaps the class of single layers, `unpatch` puts it back, and `verify` compares both on a batch. Inside of
 `adapters_by_row` the rows of a batch train adapters of their own.

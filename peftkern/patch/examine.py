@@ -306,7 +306,8 @@ def _norm_choice(row: Tensor, form: NormForm, setting: _Setting) -> registry.Cho
         choice = registry.choose("norm", row, None, None, None, form, backend=setting.backend)
     except registry.BackendError as error:  # there are backends of linear layers alone
         raise NotFused(str(error)) from None
-    if choice.backend == "reference" and choice.reason != "forced":
+    # a model on the meta device stands for one elsewhere
+    if choice.backend == "reference" and choice.reason != "forced" and not row.is_meta:
         raise NotFused(f"no kernel for {row.dtype} on {row.device.type}: {choice.reason}")
     return choice
 

@@ -48,7 +48,7 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """All modules that carry a frozen or adapted linear weight, or an adapter of any kind, and gated blocks.
+    """All modules that carry a frozen or adapted linear weight, or an adapter of any kind, gated blocks, norms.
 
     The base layer inside an adapter layer has a row of its own only when the adapter layer was left.
     """

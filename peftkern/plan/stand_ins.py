@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftkern.backends import chunked_loss
 from peftkern.ops.lora_linear import Adapters, Weight, compute_dtype
+from peftkern.ops.norm import NormForm
 from peftkern.ops.silu_mul import NOTHING_FREE
 
 LoraGradients = tuple["Tensor | None", "list[Tensor | None]", "list[Tensor | None]"]
@@ -89,6 +90,30 @@ def _gated_lora_linear_backward(
     return *_silu_mul_backward(grad_x, gate, up, need_gate, need_up, activation, free), grad_A, grad_B
 
 
+def _norm(
+    x: Tensor, residual: Tensor | None, _weight: Tensor | None, _bias: Tensor | None, form: NormForm
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    rows, dtype = x.shape[0], compute_dtype(x)
+    total = None if residual is None else x.new_empty(x.shape)
+    mean = x.new_empty(rows, dtype=dtype) if form.centered else None
+    return x.new_empty(x.shape), total, mean, x.new_empty(rows, dtype=dtype)
+
+
+def _norm_backward(
+    _grad: Tensor, _grad_total: Tensor | None, total: Tensor, *arguments: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    need_x, need_weight, need_bias = arguments[-3:]
+    grad_weight, grad_bias = (
+        total.new_empty(total.shape[-1], dtype=compute_dtype(total)) if need else None
+        for need in (need_weight, need_bias)
+    )
+    return total.new_empty(total.shape) if need_x else None, grad_weight, grad_bias
+
+
+def _rotary(states: Sequence[Tensor], *_arguments: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in states]
+
+
 def _sparse_delta(*_arguments: Any) -> None:
     """Adds to what is there."""
 
@@ -111,6 +136,9 @@ STAND_INS: Mapping[str, Callable[..., Any]] = {
     "silu_mul": _silu_mul,
     "silu_mul_backward": _silu_mul_backward,
     "gated_lora_linear_backward": _gated_lora_linear_backward,
+    "norm": _norm,
+    "norm_backward": _norm_backward,
+    "rotary": _rotary,
     "sparse_delta": _sparse_delta,
     "sparse_delta_backward": _sparse_delta_backward,
     # PyTorch's operators one after the other, which show their scratch memory themselves
