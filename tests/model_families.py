@@ -138,7 +138,12 @@ FAMILIES = {
     ),
     "gpt_neox": _row("GPTNeoXForCausalLM", "GPTNeoXConfig", _DECODER, 8, "GPTNeoXForCausalLM"),
     "mixtral": _row(
-        "MixtralForCausalLM", "MixtralConfig", {**_GROUPED, "num_local_experts": 4}, 8, parameters=_EXPERTS
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**_GROUPED, "num_local_experts": 4},
+        10,
+        kept_dense=2,
+        parameters=_EXPERTS,
     ),
     "bert": _row(
         "BertForSequenceClassification",

@@ -26,7 +26,7 @@ from peftkern.patch.arguments import (
     with_adapters,
     with_deltas,
 )
-from peftkern.patch.experts import holds_packed_experts
+from peftkern.patch.experts import experts_behind, holds_packed_experts, is_param_wrapper, read_experts
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
@@ -39,7 +39,6 @@ from peftkern.patch.weights import NotFused, base_kind, original_class, read_wei
 _NOT_LINEAR = ("Embedding", "_ConvNd", "MultiheadAttention")
 """Classes of `peft.tuners.lora.layer` that adapt something else than a linear layer."""
 
-ON_A_PARAMETER = "LoRA on a parameter (target_parameters): PEFT adds it to the whole weight in every call"
 
 OWN_FORWARD = "its forward was replaced on the instance (accelerate's hooks do that), in front of its class"
 
@@ -329,8 +328,8 @@ def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
         return Finding(name, layer, _left(name, layer, "an adapter of another kind than LoRA"))
     if _is_a(layer, "peft.tuners.lora.layer", *_NOT_LINEAR):
         return Finding(name, layer, _left(name, layer, "LoRA on something else than a linear layer"))
-    if _is_a(layer, "peft.tuners.lora.layer", "ParamWrapper"):
-        return Finding(name, layer, _left(name, layer, ON_A_PARAMETER))
+    if is_param_wrapper(original_class(type(layer))):
+        return _experts_finding(name, layer, setting)
     try:
         weight = _check_layer(layer)
     except NotFused as refusal:
@@ -345,6 +344,26 @@ def _adapter_finding(name: str, layer: Any, setting: _Setting) -> Finding:
     notes = [_idle_note(layer), *_weight_notes(layer.base_layer, weight)]
     row = _fused(name, layer, arguments, _kernel(arguments, setting), notes)
     return Finding(name, layer, row, layer_class, arguments if running_adapters(layer) else None)
+
+
+def _experts_finding(name: str, layer: Any, setting: _Setting) -> Finding:
+    try:
+        experts_behind(layer)
+    except NotFused as refusal:
+        return Finding(name, layer, _left(name, layer, str(refusal)))
+    try:
+        if has_own_forward(layer):
+            raise NotFused(OWN_FORWARD)
+        stack = read_experts(layer).gate_up
+    except NotFused as refusal:
+        return Finding(name, layer, _left(name, layer, str(refusal), wanted=True))
+    lora_A, lora_B = stack.adapters_of(0)
+    first = LayerArguments(
+        layer.get_base_layer(), stack.weight[0], None, lora_A, lora_B, stack.scaling, [0.0] * len(lora_A)
+    )
+    weight, kernel = f"{len(stack.weight)} experts, {_describe(stack.weight[0])}", _kernel(first, setting)
+    row = PatchRow(name, _class_name(layer), weight, "fused", kernel, _idle_note(layer), True, _calls(layer))
+    return Finding(name, layer, row, fused.fused_class(original_class(type(layer))))
 
 
 def _check_layer(layer: Any) -> Tensor | QuantizedTensor:

@@ -52,6 +52,7 @@ from peftkern.patch.arguments import (
     read_lora,
     running_adapters,
 )
+from peftkern.patch.experts import is_param_wrapper, read_experts, run_experts
 from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
 from peftkern.patch.norms import NormKind, norm_kind, normalize, runs_original
@@ -173,6 +174,8 @@ def _rebuild(original: type, with_deltas: bool = False) -> Any:
 def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
     if is_lora_class(original):
         return {"forward": _lora_forward(original), "merge": _merge(original), "unmerge": _unmerge(original)}
+    if is_param_wrapper(original):
+        return {"forward": _experts_forward(original)}
     if is_gated_mlp(original):
         return {"forward": _gated_forward}
     if tail_of(original) is not None:
@@ -221,6 +224,32 @@ def _base_forward(original: Any) -> Callable[..., Tensor]:
         return original.forward(self, x)  # type: ignore[no-any-return]
 
     return forward
+
+
+def _experts_forward(original: Any) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _has_running_adapters(self):
+            return original.forward(self, x, *args, **kwargs)
+        state = self.__dict__[STATE]
+        try:
+            if len(args) != 2 or kwargs:
+                raise NotFused("the experts are not called with tokens, chosen experts and their weights")
+            return run_experts(read_experts(self), x, *args, state.backend)
+        except NotFused as refusal:
+            reason = str(refusal)
+        state.note(reason)
+        return original.forward(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _has_running_adapters(layer: Any) -> bool:
+    """Whether this layer on a parameter, or one within it, adds an adapter now."""
+    while is_param_wrapper(original_class(type(layer))):
+        if running_adapters(layer):
+            return True
+        layer = layer.base_layer
+    return False
 
 
 def _language_model_forward(original: Any) -> Callable[..., Any]:

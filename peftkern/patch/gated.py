@@ -9,6 +9,7 @@ put in its place, is not one of these.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -77,14 +78,19 @@ _PACKAGE = "transformers.models."
 
 def is_gated_mlp(block_class: type) -> bool:
     """Whether the class runs the forward of one of `GATED_MLPS`."""
-    forward: Any = getattr(block_class, "forward", None)
+    return runs_forward_of(block_class, GATED_MLPS)
+
+
+def runs_forward_of(module_class: type, known: Mapping[str, str]) -> bool:
+    """Whether the class runs the forward of one of the classes ``known``, by module of `transformers.models`."""
+    forward: Any = getattr(module_class, "forward", None)
     module_name = getattr(forward, "__module__", "")
-    class_name = GATED_MLPS.get(module_name.removeprefix(_PACKAGE))
+    class_name = known.get(module_name.removeprefix(_PACKAGE))
     # by name as well: a function that replaces the forward in its class is not the one known here
     if class_name is None or forward.__qualname__ != f"{class_name}.forward":
         return False
-    known = getattr(sys.modules.get(module_name), class_name, None)
-    return getattr(known, "forward", None) is forward
+    theirs = getattr(sys.modules.get(module_name), class_name, None)
+    return getattr(theirs, "forward", None) is forward
 
 
 # class of transformers.activations -> what it computes, in the words of `peftkern.ops.silu_mul`

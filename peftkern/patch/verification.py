@@ -147,7 +147,10 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
 
 def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> VerifyReport:
     outputs: dict[str, VerifyRow] = {}
-    with _random_state(), _output_checks(modules, outputs):
+    # on its own: PEFT's LoRA on a parameter counts as a change of it, which no backward pass behind it would take
+    with _random_state(), _output_checks(modules, outputs), torch.enable_grad():
+        model(**batch)
+    with _random_state():
         loss, gradients = _forward_backward(model, batch)
     with _random_state(), originals(modules.values()):
         expected_loss, expected_gradients = _forward_backward(model, batch)

@@ -42,12 +42,13 @@ def patch(
     those keep two tensors for the backward pass instead of three. Layers with sparse deltas (`peftkern.sparse`), with
     adapters over them or without, run base, adapters and deltas as one operation; adapters over a masked weight run as
     one with it. The root mean square norms of `transformers` and PyTorch run as one kernel, and keep one tensor; those
-    of short inputs run their own code, which is faster there, and so do all under ``torch.compile``. Only the class of
-    these instances changes, to a subclass of itself. Adapters may be added, switched, disabled, merged and saved
-    afterwards through PEFT's own calls; where PEFT creates new layers, call `patch` again.
-    What the fused product does not cover (DoRA and other variants, `adapter_names`, hooks on inner layers) runs the
-    code that it ran before, and is named in the report or, when it depends on the call, logged and counted in the next
-    report.
+    of short inputs run their own code, which is faster there, and so do all under ``torch.compile``. Packed experts of
+    a mixture whose parameters carry LoRA (`target_parameters`) each multiply the tokens that were sent to them.
+
+    Only the class of these instances changes, to a subclass of itself. Adapters may be added, switched, disabled,
+    merged and saved afterwards through PEFT's own calls; where PEFT creates new layers, call `patch` again. What the
+    fused product does not cover (aLoRA and other variants, `adapter_names`, hooks on inner layers) runs the code that
+    it ran before, and is named in the report or, when it depends on the call, logged and counted in the next report.
 
     With ``logits=False``, causal language models of `transformers` that compute their loss from the logits of a dense
     head and nothing else do so without them in training, when they are given labels: tokens without a label cost

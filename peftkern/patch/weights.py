@@ -121,13 +121,22 @@ def _plain(tensor: Tensor | None, what: str) -> Tensor:
     return tensor
 
 
-def _read_dense(base: Any) -> Tensor:
-    weight = _plain(base.weight, "weight")
+def read_frozen(base: Any, name: str) -> Tensor:
+    """The dense parameter ``name`` of ``base``.
+
+    Raises:
+        NotFused: it is trained, or no plain floating-point tensor.
+    """
+    weight = _plain(getattr(base, name), name)
     if weight.requires_grad:
         raise NotFused("the base weight is trained itself; the fused path keeps it frozen")
     if weight.dtype not in DENSE_DTYPES:
         raise NotFused(f"the base weight has dtype {weight.dtype}, without its own layer to say what it means")
     return weight
+
+
+def _read_dense(base: Any) -> Tensor:
+    return read_frozen(base, "weight")
 
 
 def _read_conv1d(base: Any) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import peft
 import pytest
 import torch
 from model_families import FAMILIES
@@ -13,7 +12,6 @@ from patch_models import DEEP, assert_same_run, error, fused_modules, run
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import peftkern
 from peftkern.patch import PatchReport, patch, unpatch
 from peftkern.patch.weights import read_weight
 
@@ -102,17 +100,3 @@ def test_conv1d_merges_and_unpatches(base: str) -> None:
     unpatch(model)
     assert not fused_modules(model)
     assert_same_run(model, batch, original, 0.0 if base == "nf4" else 2 * DEEP)
-
-
-# ---- packed experts
-
-
-def test_packed_experts_are_named() -> None:
-    family = FAMILIES["mixtral"]
-    model = family.build("dense")
-    report = peftkern.quantize_(model, peftkern.QuantConfig("nf4"))
-    assert report.skipped["model.layers.1.mlp.experts"] == "packed experts, which only exist dense"
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
-    assert patch(adapted).reasons["packed experts, no adapter"] == 2
-    reasons = patch(family.with_lora("dense")).reasons
-    assert reasons["LoRA on a parameter (target_parameters): PEFT adds it to the whole weight in every call"] == 4
