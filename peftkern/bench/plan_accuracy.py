@@ -46,6 +46,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "LoRA, nf4": {},
     "LoRA, nf4, no logits": {"logits": False},
     "LoRA, nf4, not patched": {"patched": False},
+    "LoRA, nf4, gated blocks made again": {"recompute": "mlp"},
     "LoRA, nf4, checkpointing": {"gradient_checkpointing": True},
     "LoRA, dense": {"quantization": "none"},
     "sparse, nf4": {"method": "sparse", "density": 0.005},
@@ -110,7 +111,7 @@ def build_real(config: Any, call: Mapping[str, Any]) -> Any:
             peftkern.quantize_(model, peftkern.QuantConfig(quantization))
         model = _ATTACH[method](model, options)
     if options["patched"]:
-        peftkern.patch(model, logits=options.get("logits", True))
+        peftkern.patch(model, logits=options.get("logits", True), recompute=options.get("recompute"))
     if options.get("gradient_checkpointing", False):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -40,6 +40,9 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Activations are computed again.")] = False,
     optimizer: Annotated[str, typer.Option(help="AdamW, AdamW8bit or SGD.")] = "AdamW",
     logits: Annotated[bool, typer.Option(help="Whether the model gives logits in training.")] = True,
+    recompute: Annotated[
+        str | None, typer.Option(help="What gated blocks make again: mlp or up.", show_default=False)
+    ] = None,
     patched: Annotated[bool, typer.Option(help="Whether it runs on the fused kernels.")] = True,
     labelled: Annotated[float, typer.Option(help="Share of the tokens that have a label.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as rtx-4090, a100-80gb, h100.")] = "cpu",
@@ -74,6 +77,7 @@ def plan(
             gradient_checkpointing=gradient_checkpointing,
             optimizer=optimizer,
             logits=logits,
+            recompute=recompute,
             patched=patched,
             labelled=labelled,
             device=device,

@@ -20,7 +20,7 @@ def draw(plans: Sequence[Plan], path: Path) -> None:
     axes = figure.subplots()
     for row, plan in enumerate(plans):
         left = 0.0
-        for index, (name, value) in enumerate({**plan.parts, "context": plan.context}.items()):
+        for index, (name, value) in enumerate({**plan.parts, "beside": plan.beside}.items()):
             size = value / 1e9
             axes.barh(2 * row, size, left=left, color=f"C{index}", label=name if row == 0 else None)
             left += size

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftkern.backends import registry
 from peftkern.ops.lora_linear import counting_eager_calls
+from peftkern.plan.errors import PlanError
 from peftkern.plan.model import Subject, storage_of
 from peftkern.plan.stand_ins import STAND_INS
 from peftkern.select.trace import model_loss
@@ -166,7 +167,7 @@ def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: C
         stack.enter_context(watch)
         stack.enter_context(torch.enable_grad())
         watch.begin("forward")
-        loss = model_loss(model, batch)
+        loss = loss_of(model, batch)
         _name_kept(watch)
         watch.begin("backward of the loss")
         loss.backward()  # type: ignore[no-untyped-call]
@@ -180,6 +181,20 @@ def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: C
     for parameter in trained:
         parameter.grad = None
     return watch.record
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a batch.
+
+    Raises:
+        PlanError: the model cannot run on tensors without numbers.
+    """
+    try:
+        return model_loss(model, batch)
+    except Exception as error:  # whatever the model does with numbers that are not there
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise PlanError(f"model: {type(model).__name__} cannot be followed without its numbers ({reason})") from error
 
 
 def _name_kept(watch: Watch) -> None:

@@ -21,6 +21,7 @@ from peftkern.plan.errors import PlanError
 from peftkern.plan.options import Options
 
 _AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+"""In the order in which they are asked; one that the configuration's own architecture names comes first."""
 
 
 @dataclass
@@ -121,7 +122,8 @@ def _empty_model(config: Any, dtype: str) -> Any:
     config = copy.deepcopy(config)
     config.use_cache = False
     problems = []
-    for name in _AUTO_CLASSES:
+    kind = str((config.architectures or [""])[0])
+    for name in sorted(_AUTO_CLASSES, key=lambda name: not kind.endswith(name.removeprefix("AutoModel"))):
         try:
             with torch.device("meta"):
                 return getattr(transformers, name).from_config(config, dtype=getattr(torch, dtype))
@@ -191,7 +193,7 @@ def _finish(model: Any, options: Options, added: Sequence[Tensor], largest_dense
     from peftkern.patch import patch
 
     if options.method is not None and options.patched:
-        patch(model, logits=options.logits)
+        patch(model, logits=options.logits, recompute=options.recompute)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fakes = _make_fake(model)

@@ -10,6 +10,7 @@ from peftkern.plan.errors import PlanError
 METHODS = ("lora", "full", "sparse")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 OPTIMIZERS = ("AdamW", "AdamW8bit", "SGD")
+RECOMPUTE = ("mlp", "up")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -34,6 +35,7 @@ class Options:
     gradient_checkpointing: bool
     optimizer: str
     logits: bool
+    recompute: str | None
     patched: bool
     labelled: float
 
@@ -43,6 +45,7 @@ class Options:
             "optimizer": OPTIMIZERS,
             "dtype": DTYPES,
             "method": (*METHODS, None),
+            "recompute": (*RECOMPUTE, None),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -58,8 +61,10 @@ class Options:
             raise PlanError(
                 f"method='full' trains the weights, which must be dense; got quantization={self.quantization!r}"
             )
-        if not self.logits and not self.patched:
-            raise PlanError("logits=False is a form of the patched model; leave patched=True")
+        if not self.patched and (not self.logits or self.recompute is not None):
+            raise PlanError("logits=False and recompute are forms of the patched model; leave patched=True")
+        if self.method is None and (not self.logits or self.recompute is not None or self.quantization != "none"):
+            raise PlanError("a model is planned as it stands; name a method, or patch and quantize it before")
 
 
 def _list(known: Sequence[str | None]) -> str:

@@ -31,6 +31,7 @@ def plan(
     gradient_checkpointing: bool = False,
     optimizer: str = "AdamW",
     logits: bool = True,
+    recompute: str | None = None,
     patched: bool = True,
     labelled: float = 1.0,
     device: str = "cpu",
@@ -44,12 +45,13 @@ def plan(
     backward pass, in which every storage is followed from its first to its last moment: what a step takes at its peak
     follows from the model's own operators. Memory is that of tensors. A process takes more: the interpreter and
     libraries, some 0.5 GB, and what its allocator does not give back. On GPUs the plan adds an estimate of what CUDA
-    takes. Time is an estimate: operators at the rates of the device, which were measured where it is this machine's CPU
-    and are derated figures of the makers for GPUs; the optimizer is not in it.
+    and its allocator take. Time is an estimate: operators at the rates of the device, which were measured where it is
+    this machine's CPU and are derated figures of the makers for GPUs; the optimizer is not in it.
 
     With ``budget`` and without ``batch`` or ``length``, the largest that fits is searched: the length first, at batch
     1, up to what the model takes, then the batch. With both given, options that save memory are taken until it fits, in
-    the order of what they cost in time: the loss without logits, `AdamW8bit`, 4-bit weights, gradient checkpointing.
+    the order of what they cost in time: the loss without logits, `AdamW8bit`, 4-bit weights, gated blocks that are made
+    again, gradient checkpointing.
 
     Args:
         model: the name or folder of a transformers model, of which the configuration alone is read; a configuration; or
@@ -65,7 +67,7 @@ def plan(
         batch, length: of the token ids, [batch, length]. ``None``: 1 and 1024, or what a budget allows.
         gradient_checkpointing: of every layer, not in the reentrant way.
         optimizer: ``"AdamW"`` or ``"AdamW8bit"``, of `peftkern.optim`, or ``"SGD"`` without momentum.
-        logits: as in `peftkern.patch`.
+        logits, recompute: as in `peftkern.patch`.
         patched: whether the model is patched.
         labelled: share of the tokens that have a label.
         device: ``"cpu"``, or a GPU: rtx-3090, rtx-4090, rtx-5090, t4, l4, l40s, a100-40gb, a100-80gb, h100, h200, b200.
@@ -95,6 +97,7 @@ def plan(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         logits=logits,
+        recompute=recompute,
         patched=patched,
         labelled=labelled,
     )

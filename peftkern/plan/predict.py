@@ -47,14 +47,16 @@ class Predictor:
 
     def total(self, options: Options) -> float:
         """Bytes at the peak of a step, all parts and what the device takes."""
-        return sum(self.peak(options).values()) + self.device.context
+        tensors = sum(self.peak(options).values())
+        return tensors + self.device.beside(tensors)
 
     def plan(self, options: Options) -> Plan:
         """All that a plan says."""
         subject = self._subject(options)
         peak = self.peak(options)
         counted = self._work(options)
-        load = peak["weights"] + subject.largest_dense
+        tensors = peak["weights"] + subject.largest_dense
+        load = tensors + self.device.beside(tensors)
         trained = sum(parameter.numel() for parameter in subject.model.parameters() if parameter.requires_grad)
         return Plan(
             model=_name_of(self._model, self.config),
@@ -62,7 +64,7 @@ class Predictor:
             device=self.device.name,
             rates_measured=self.device.measured,
             device_memory=self.device.memory,
-            context=self.device.context,
+            beside=self.device.beside(sum(peak.values())),
             load=load,
             parts=dict(peak),
             trained=trained,

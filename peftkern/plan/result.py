@@ -34,7 +34,7 @@ class Plan:
         device: as it was named.
         rates_measured: whether ``seconds`` follow from rates measured on this machine.
         device_memory: bytes; ``None``: not known here.
-        context: bytes of it that no tensor gets.
+        beside: bytes that the device takes beside tensors at the peak; an estimate.
         load: bytes at the peak of loading.
         parts: bytes of each part at the peak of a training step, when the optimizer has its state.
         trained: how many numbers are trained.
@@ -49,7 +49,7 @@ class Plan:
     device: str
     rates_measured: bool
     device_memory: float | None
-    context: float
+    beside: float
     load: float
     parts: Mapping[str, float]
     trained: int
@@ -61,8 +61,8 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes at the peak: all parts, and what no tensor gets."""
-        return sum(self.parts.values()) + self.context
+        """Bytes at the peak: all parts, and what is taken beside tensors."""
+        return sum(self.parts.values()) + self.beside
 
     @property
     def flops(self) -> float:
@@ -78,7 +78,7 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether loading and training fit into the budget, or else the device; ``None`` where both are not known."""
         room = self.budget if self.budget is not None else self.device_memory
-        return None if room is None else max(self.peak, self.load + self.context) <= room
+        return None if room is None else max(self.peak, self.load) <= room
 
     def within(self, budget: float) -> Plan:
         """The same plan, kept to a budget in bytes."""
@@ -100,10 +100,9 @@ class Plan:
         table.add_column("")
         for name, value in self.parts.items():
             table.add_row(name, f"{value / 1e9:.3f}", f"{value / self.peak:.0%}", MEANINGS[name])
-        if self.context:
-            table.add_row(
-                "context", f"{self.context / 1e9:.3f}", f"{self.context / self.peak:.0%}", "CUDA, an estimate"
-            )
+        if self.beside:
+            share = f"{self.beside / self.peak:.0%}"
+            table.add_row("beside", f"{self.beside / 1e9:.3f}", share, "CUDA and its allocator, an estimate")
         table.add_section()
         table.add_row("peak of a step", f"{self.peak / 1e9:.3f}", "100%", self._verdict(), style="bold")
         table.add_row("peak of loading", f"{self.load / 1e9:.3f}", "", "")
@@ -118,6 +117,7 @@ class Plan:
         extras = [
             *(["gradient checkpointing"] if o.gradient_checkpointing else []),
             *(["no logits"] if not o.logits else []),
+            *([f"{o.recompute} made again"] if o.recompute else []),
             *(["not patched"] if not o.patched else []),
         ]
         return ", ".join([f"{self.model}: {what}", f"{o.batch} x {o.length}", o.optimizer, *extras])

@@ -103,10 +103,12 @@ _SAVINGS: tuple[tuple[str, Any, int], ...] = (
     ("logits", False, 0),
     ("optimizer", "AdamW8bit", 1),
     ("quantization", "nf4", 2),
-    ("gradient_checkpointing", True, 4),
+    ("recompute", "mlp", 4),
+    ("gradient_checkpointing", True, 8),
 )
 """An option, the value of it that takes less memory, and its rank in what that costs in time. Each costs more than all
-before it together: the loss without logits nothing, checkpointing a second forward pass."""
+before it together: the loss without logits nothing, gated blocks two products of three again, checkpointing a second
+forward pass."""
 
 
 def _cheapest(predictor: Predictor, options: Options, budget: float) -> Options:
@@ -130,7 +132,7 @@ def _variants(options: Options) -> Iterator[Options]:
 def _is_possible(options: Options, name: str, value: Any) -> bool:
     if getattr(options, name) == value or options.method is None:
         return False
-    if name == "logits":
+    if name in ("logits", "recompute"):
         return options.patched
     if name == "optimizer":
         return options.optimizer == "AdamW"

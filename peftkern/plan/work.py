@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peftkern.plan.devices import Rates
+from peftkern.plan.memory import loss_of
 from peftkern.plan.model import Subject
 from peftkern.select.flops import parts_of
-from peftkern.select.trace import model_loss
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linear", "convolution", "convolution_backward"})
 
@@ -106,7 +106,7 @@ def count_work(subject: Subject, batch: Mapping[str, Tensor], rates: Rates) -> W
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.enable_grad())
         count = stack.enter_context(_Count(rates))
-        loss = model_loss(subject.model, batch)
+        loss = loss_of(subject.model, batch)
         forward = count.flops
         loss.backward()  # type: ignore[no-untyped-call]
     for parameter in subject.model.parameters():

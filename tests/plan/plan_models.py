@@ -11,7 +11,7 @@ SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 192,
     "intermediate_size": 576,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
 }
@@ -22,7 +22,7 @@ def llama(**changes: Any) -> Any:
 
 
 def gpt2() -> Any:
-    sizes = {"n_embd": 192, "n_layer": 3, "n_head": 6, "n_positions": 256, "vocab_size": VOCABULARY}
+    sizes = {"n_embd": 192, "n_layer": 2, "n_head": 6, "n_positions": 256, "vocab_size": VOCABULARY}
     return GPT2Config(**sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
 
 
