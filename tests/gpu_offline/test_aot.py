@@ -20,7 +20,7 @@ from peftkern.backends.triton import configurations, paths
 from peftkern.backends.triton.specializations import TENSORS, Case, specializations
 from peftkern.bench import BenchError
 from peftkern.bench.aot import __main__ as aot_command
-from peftkern.bench.aot import cases
+from peftkern.bench.aot import cases, resources
 from peftkern.bench.aot.compile import ARCHITECTURES, compile_for
 from peftkern.bench.aot.resources import (
     Report,
@@ -32,6 +32,7 @@ from peftkern.bench.aot.resources import (
     read_table,
     regressions,
     row_of,
+    unchanged,
     work_for,
     write_table,
 )
@@ -44,7 +45,7 @@ TABLE = Path(__file__).with_name("resources.json")
 
 @pytest.fixture(scope="module")
 def shipped() -> Report:
-    return compile_everything()
+    return compile_everything(known=read_table(TABLE))
 
 
 def test_every_kernel_compiles_for_every_architecture(shipped: Report) -> None:
@@ -231,6 +232,38 @@ def test_rows_that_one_side_lacks_are_found(sound: Row) -> None:
     assert problems({}, {KEY: sound}) == ["sm_80 multiply: nothing is compiled for this row"]
 
 
+def test_rows_are_taken_where_source_and_compiler_are_as_they_were(sound: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = aot_defects.multiply()
+    table = Table(triton.__version__, {(80, one.name): sound})
+    monkeypatch.setattr(resources, "_SAMPLED", 1 << 70)
+    assert sound.source == one.digest
+    assert unchanged([(one, 80)], table) == table.rows
+    assert unchanged([(one, 86)], table) == {}
+    assert unchanged([(replace(aot_defects.multiply(rows=32), name=one.name), 80)], table) == {}
+    assert unchanged([(replace(one, num_stages=5), 80)], table) == {}
+    assert unchanged([(one, 80)], replace(table, triton="3.0.0")) == {}
+    monkeypatch.setattr(resources, "_SAMPLED", 1)
+    assert unchanged([(one, 80)], table) == {}
+
+
+def test_another_line_in_a_kernel_is_another_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = aot_defects.multiply().digest
+    kernel = aot_defects.multiply_kernel
+    monkeypatch.setattr(kernel, "hash", None)
+    monkeypatch.setattr(kernel, "_src", kernel.src + "    tl.debug_barrier()\n")
+    assert aot_defects.multiply().digest != before
+
+
+def test_a_tenth_of_what_is_known_is_compiled_all_the_same() -> None:
+    work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
+    table = read_table(TABLE)
+    taken = unchanged(work, table)
+    compiled = [one for one, architecture in work if (architecture, one.name) not in taken]
+    kernels = {one.kernel for one in compiled}
+    assert len(work) / 20 < len(compiled) < len(work) / 5
+    assert len(kernels) > len(all_kernels()) / 2
+
+
 # ---- the command
 
 
@@ -239,7 +272,7 @@ def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., in
     """Runs the command on a table of its own, and on a given report instead of a new compilation."""
 
     def run(report: Report, *options: str) -> int:
-        monkeypatch.setattr(aot_command, "compile_everything", lambda _on_row: report)
+        monkeypatch.setattr(aot_command, "compile_everything", lambda _on_row, _known: report)
         monkeypatch.setattr(sys, "argv", ["aot", "--table", str(tmp_path / "table.json"), *options])
         return aot_command.main()
 

@@ -6,6 +6,7 @@ pointers and numbers. Here it is asked what it would compile for the launches th
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,14 @@ class Specialization:
         """Values of the parameters that are constants as a whole."""
         names = list(self.signature)
         return {names[position[0]]: value for position, value in self.constants.items() if len(position) == 1}
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of everything that the compiler is given but the architecture.
+
+        Lines of code above a kernel change it as well, because the compiler notes them down.
+        """
+        return hashlib.sha256(f"{self.source().hash()} {self.options}".encode()).hexdigest()[:16]
 
     def source(self) -> Any:
         """For ``triton.compile``."""

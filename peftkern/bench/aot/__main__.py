@@ -7,8 +7,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import triton
-
 from peftkern.bench.aot.resources import (
     Key,
     Row,
@@ -17,6 +15,7 @@ from peftkern.bench.aot.resources import (
     compile_everything,
     problems,
     read_table,
+    triton_version,
     write_table,
 )
 from peftkern.bench.errors import BenchError
@@ -28,9 +27,11 @@ def main() -> int:
     """Run the command; 0 if nothing is wrong."""
     parser = argparse.ArgumentParser(prog="python -m peftkern.bench.aot", description=__doc__)
     parser.add_argument("--table", type=Path, default=TABLE, help="the table (default: %(default)s)")
-    parser.add_argument("--update", action="store_true", help="write the table anew instead of comparing with it")
+    parser.add_argument(
+        "--update", action="store_true", help="write the table instead, compiling what is not as it was for it"
+    )
     options = parser.parse_args()
-    report = compile_everything(_show)
+    report = compile_everything(_show, _known(options.table) if options.update else None)
     try:
         found = _update(options.table, report.rows) if options.update else _compare(options.table, report.rows)
     except BenchError as error:
@@ -40,20 +41,24 @@ def main() -> int:
     return 1 if found else 0
 
 
+def _known(path: Path) -> Table | None:
+    return read_table(path) if path.exists() else None
+
+
 def _show(key: Key, row: Row) -> None:
     print(f"sm_{key[0]} {key[1]}: {row}", file=sys.stderr)
 
 
 def _update(path: Path, rows: Mapping[Key, Row]) -> list[str]:
     """Write the table, broken rules included: whoever reads the change sees them too."""
-    write_table(path, Table(triton.__version__, rows))
+    write_table(path, Table(triton_version(), rows))
     return [problem for key, row in rows.items() for problem in broken_rules(key, row)]
 
 
 def _compare(path: Path, rows: Mapping[Key, Row]) -> list[str]:
     table = read_table(path)
-    if table.triton != triton.__version__:
-        print(f"the table is of Triton {table.triton}, this is {triton.__version__}: only the hard rules are checked")
+    if table.triton != triton_version():
+        print(f"the table is of Triton {table.triton}, this is {triton_version()}: only the hard rules are checked")
         return [problem for key, row in rows.items() for problem in broken_rules(key, row)]
     return problems(rows, table.rows)
 

@@ -53,6 +53,7 @@ class Row:
         instructions: of the whole kernel.
         main_loop: instructions of its main loop; 0 without tensor-core instructions.
         per_weight: instructions of all threads in the main loop for each weight that it decodes; ``None`` without any.
+        source: digest of what it was compiled from.
     """
 
     registers: int
@@ -65,6 +66,7 @@ class Row:
     instructions: int
     main_loop: int
     per_weight: float | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def row_of(specialization: Specialization, compiled: Compiled) -> Row:
         len(program.instructions),
         len(program.main_loop),
         per_weight(specialization, compiled),
+        specialization.digest,
     )
 
 
@@ -125,16 +128,21 @@ class Report:
     errors: Sequence[str]
 
 
-def compile_everything(on_row: Callable[[Key, Row], None] = lambda _key, _row: None) -> Report:
+def compile_everything(
+    on_row: Callable[[Key, Row], None] = lambda _key, _row: None, known: Table | None = None
+) -> Report:
     """Compile all shipped kernels for all architectures in two processes.
 
     Triton keeps what it has compiled in its cache folder, for this and later runs.
 
     Args:
         on_row: called with each row as it comes.
+        known: rows that need no compilation where their source and Triton are still the same, which give the same
+            code. One in ten of these is compiled nevertheless.
     """
     work = [pair for architecture in ARCHITECTURES for pair in work_for(architecture)]
-    rows: dict[Key, Row] = {}
+    rows = {} if known is None else unchanged(work, known)
+    work = [(one, architecture) for one, architecture in work if (architecture, one.name) not in rows]
     errors: list[str] = []
     with ProcessPoolExecutor(_WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         for key, found in pool.map(_compile_row, work):
@@ -144,6 +152,33 @@ def compile_everything(on_row: Callable[[Key, Row], None] = lambda _key, _row: N
             rows[key] = found
             on_row(key, found)
     return Report(rows, errors)
+
+
+_SAMPLED = 10
+"""One in this many unchanged rows is compiled."""
+
+
+def unchanged(work: Sequence[tuple[Specialization, int]], known: Table) -> dict[Key, Row]:
+    """The rows of ``known`` that are taken without a compilation."""
+    if known.triton != triton_version():
+        return {}
+    found = {}
+    for one, architecture in work:
+        row = known.rows.get((architecture, one.name))
+        if row is not None and row.source == one.digest and not _is_sampled(one, architecture):
+            found[architecture, one.name] = row
+    return found
+
+
+def _is_sampled(one: Specialization, architecture: int) -> bool:
+    return (int(one.digest, 16) + architecture) % _SAMPLED == 0
+
+
+def triton_version() -> str:
+    """Of the compiler that is installed."""
+    import triton
+
+    return str(triton.__version__)
 
 
 _WORKERS = 2
