@@ -17,8 +17,10 @@ from peftkern.bench.result import Quantity
 FREED_MEMORY_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 SETTINGS: Mapping[str, Mapping[str, str]] = {"freed memory returned": FREED_MEMORY_RETURNED, "default malloc": {}}
 
-PAIRS = 3
+PAIRS = 2
 STEPS = 2  # the optimizer's state exists from the end of the first one
+
+LEAN = ", ".join(f"{name}={value!r}" for name, value in smollm2.LEAN.items())
 
 PEAK, PEAK_OF_STEPS, AFTER_LOADING = "peak, loading and steps", "peak of the steps", "after loading"
 _STATUS = Path("/proc/self/status")
@@ -79,13 +81,17 @@ def measure_memory(
     length: int = smollm2.LENGTH,
     ours: str = "ours",
     peer: str = "peer",
+    what: str = "",
 ) -> list[Measurement]:
-    """Run two of `smollm2.LOOPS` in turn in fresh processes, ``pairs`` times; one measurement per figure."""
+    """Run two of `smollm2.LOOPS` in turn in fresh processes, ``pairs`` times; one measurement per figure.
+
+    ``what`` says in the names of the cases how ours differs from the ordinary.
+    """
     samples: dict[str, list[dict[str, float]]] = {peer: [], ours: []}
     for _ in range(pairs):
         for side in samples:
             samples[side].append(_one_run(side, checkpoint.folder, setting, steps, batch, length))
-    note = f", {checkpoint.note}" if checkpoint.note else ""
+    note = "".join(f", {text}" for text in (what, checkpoint.note) if text)
     return [
         Measurement(
             f"{figure}, batch {batch} x {length} ({setting}){note}",
@@ -109,5 +115,7 @@ def _one_run(side: str, folder: str, setting: str, steps: int, batch: int, lengt
 def cases() -> Iterator[Measurement]:
     """Measurements of ``memory-smollm2``."""
     with smollm2.checkpoint() as checkpoint:
+        for setting in SETTINGS:
+            yield from measure_memory(checkpoint, setting, ours="ours lean", what=LEAN)
         for setting in SETTINGS:
             yield from measure_memory(checkpoint, setting)

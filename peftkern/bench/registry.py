@@ -120,6 +120,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.llama1b:memory_cases",
         ),
         Benchmark(
+            "step-8b",
+            "peak resident memory of a training step of Llama-3-8B's shape, random NF4 weights, LoRA, 1 x 256, bf16",
+            "peftkern.bench.llama8b:cases",
+            packages=("peft",),
+        ),
+        Benchmark(
             "sparse-step",
             "time and memory of that step with sparse deltas, beside our own step with LoRA",
             "peftkern.bench.sparse_step:cases",

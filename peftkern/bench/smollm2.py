@@ -87,10 +87,10 @@ def load_peer(folder: str) -> Any:
     return _with_seeded_adapter(model)
 
 
-def load_ours(folder: str, logits: bool = True) -> Any:
-    """The same through ``QuantConfig``, patched."""
+def load_ours(folder: str, **options: Any) -> Any:
+    """The same through ``QuantConfig``, patched with ``options``."""
     adapted = _with_seeded_adapter(_load_quantized(folder))
-    peftkern.patch(adapted, strict=True, logits=logits)
+    peftkern.patch(adapted, strict=True, **options)
     return adapted
 
 
@@ -238,10 +238,14 @@ class PolicyLoop(Loop):
         return float(self.policy.step(self.model, {"input_ids": ids, "labels": ids}))
 
 
+LEAN: Mapping[str, Any] = {"logits": False, "recompute": "mlp"}
+"""Options of `peftkern.patch` that save memory and change no number."""
+
 LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "ours": lambda folder: Loop(load_ours(folder)),
     "dense": dense_loop,
     "green": lambda folder: PolicyLoop(load_dense(folder), peftkern.GreenTrainer(rho=0.5)),
+    "ours lean": lambda folder: Loop(load_ours(folder, **LEAN)),
     "peer": lambda folder: Loop(load_peer(folder)),
     "ours checkpointed": lambda folder: Loop(checkpointed(load_ours(folder, logits=False))),
     "peer checkpointed": lambda folder: Loop(checkpointed(load_peer(folder))),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import peftkern
 from peftkern.bench import (
     Case,
     DisagreementError,
@@ -17,6 +18,7 @@ from peftkern.bench import (
     Quantity,
     half_step,
     linear,
+    llama8b,
     loss,
     measure,
     memory,
@@ -143,6 +145,35 @@ def test_memory_runs_both_sides_in_fresh_processes(checkpoint: smollm2.Checkpoin
     for side in ("ours", "peer"):
         assert getattr(peak, side)[0] >= getattr(steps, side)[0] >= 50
         assert getattr(loading, side)[0] >= 50
+
+
+def test_a_lean_step_is_the_ordinary_one_in_less_memory(checkpoint: smollm2.Checkpoint) -> None:
+    (ids,) = smollm2.make_batches(checkpoint.folder, 1, batch=2, length=16)
+    loops = [smollm2.LOOPS[name](checkpoint.folder) for name in ("ours", "ours lean")]
+    (loss, gradients), (lean_loss, lean_gradients) = (loop.loss_and_gradients(ids) for loop in loops)
+    peers.check_agreement({"loss": (lean_loss, loss)}, 1e-6)
+    pairs = {name: (lean_gradients[name], gradient) for name, gradient in gradients.items()}
+    peers.check_agreement(pairs, 1e-5)
+
+
+def test_a_step_of_a_large_shape_runs_in_a_fresh_process() -> None:
+    sizes = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    (measurement,) = llama8b.measure_step("freed memory returned", 1, 8, **sizes, **heads)
+    assert "1 x 8 (freed memory returned)" in measurement.case
+    assert 50 <= measurement.ours[0] < measurement.peer[0] == 8000.0
+
+
+def test_the_large_shape_is_quantized_without_a_dense_copy_and_recomputes() -> None:
+    sizes = {"vocab_size": 200, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1}
+    model = llama8b.random_model(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
+    layer = model.base_model.model.model.layers[0]
+    weight = layer.mlp.up_proj.base_layer
+    assert weight.weight.dtype == torch.uint8
+    assert 0.01 < float(weight.dequantize().float().std()) < 0.04
+    reasons = [row.reason for row in peftkern.patch(model).rows if row.module.endswith(".mlp")]
+    assert reasons == ["makes gate and up again in the backward pass"]
 
 
 def test_a_sparse_step_agrees_with_the_reference_and_trains_deltas_alone(checkpoint: smollm2.Checkpoint) -> None:

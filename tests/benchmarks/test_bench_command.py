@@ -21,6 +21,8 @@ NAMES = [
     "memory-smollm2",
     "step-llama1b",
     "memory-llama1b",
+    "step-8b",
+    "traffic-saved-layer",
     "sparse-step",
     "sparse-state",
     "hft-step",

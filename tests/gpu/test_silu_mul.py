@@ -1,4 +1,4 @@
-"""The gate of a SwiGLU block on the device, against float64."""
+"""The gate of a SwiGLU or GeGLU block on the device, against float64."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from gpu_cases import DEVICE
 from torch import Tensor
 
+from peftkern.backends import registry
 from peftkern.ops.silu_mul import silu_mul, silu_mul_backward_reference, silu_mul_reference
 
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 2e-3}
@@ -32,6 +33,35 @@ def test_forward_and_backward(dtype: torch.dtype, shape: tuple[int, ...]) -> Non
     for value, gradient in zip(ours, expected, strict=True):
         assert value.grad is not None and gradient is not None
         _close(value.grad, gradient, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_gelu(dtype: torch.dtype, activation: str) -> None:
+    torch.manual_seed(0)
+    gate, up, grad = (torch.randn(3, 700).to(dtype) for _ in range(3))
+    ours = [value.to(DEVICE).requires_grad_() for value in (3 * gate, up)]
+    y = silu_mul(*ours, activation=activation, backend="triton")
+    y.backward(grad.to(DEVICE))
+    exact = [value.double() for value in (grad, 3 * gate, up)]
+    _close(y.detach(), silu_mul_reference(*exact[1:], activation), TOLERANCE[dtype])
+    for value, gradient in zip(ours, silu_mul_backward_reference(*exact, True, True, activation), strict=True):
+        assert value.grad is not None and gradient is not None
+        _close(value.grad, gradient, TOLERANCE[dtype])
+
+
+def test_gradients_over_their_operands() -> None:
+    torch.manual_seed(2)
+    gate, up, grad = (torch.randn(5, 300).to(DEVICE) for _ in range(3))
+    call = (grad, gate, up, True, True, "silu")
+    expected = [value.clone() for value in registry.run("silu_mul_backward", *call, backend="triton")]
+    over = registry.run("silu_mul_backward", *call, (True, True), backend="triton")
+    assert [value.data_ptr() for value in over] == [gate.data_ptr(), up.data_ptr()]
+    assert all(torch.equal(*pair) for pair in zip(over, expected, strict=True))
+    gate, up = (torch.randn(5, 300).to(DEVICE) for _ in range(2))
+    product = silu_mul(gate, up, backend="triton")
+    assert torch.equal(registry.run("silu_mul", gate, up, "silu", up, backend="triton"), product)
+    assert torch.equal(up, product)
 
 
 @pytest.mark.parametrize("needed", [0, 1])

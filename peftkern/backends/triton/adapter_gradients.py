@@ -1,7 +1,7 @@
 """Gradients of the adapters as two skinny kernels: ``pull`` reads dY once, ``push`` reads x once.
 
     pull:  g = s · dY B     dB = dYᵀ h      one adapter of every member
-    push:  dA = gᵀ D(x)                       x may be silu(gate) ⊙ up, made again on the way
+    push:  dA = gᵀ D(x)                       x may be activation(gate) ⊙ up, made again on the way
 
 A program of ``pull`` takes some tokens and some outputs, and so sees a part of either sum: g's runs over outputs, dB's
 over tokens. A program of ``push`` takes a strip of x's columns over all tokens, or over a part of them. Parts are added
@@ -11,6 +11,7 @@ up by :mod:`.reduce`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -180,6 +181,7 @@ def push_kernel(
     columns,
     token_part,
     GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SLOTS: tl.constexpr,
     RANK: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -201,7 +203,7 @@ def push_kernel(
         tile = tl.load(x + rows[:, None] * x_stride + inputs[None, :], mask=exists & inside, other=0.0)
         if GATED:
             other = tl.load(up + rows[:, None] * up_stride + inputs[None, :], mask=exists & inside, other=0.0)
-            tile = gated(tile, other).to(tile.dtype)
+            tile = gated(tile, other, ACTIVATION).to(tile.dtype)
         left = g + rows[:, None] * g_stride + numbers[None, :]
         sum_0 = add_outer(
             sum_0, left + columns[0], ranks[0], masks[0], tile, exists, rows, inputs, RANK, DROPOUT, PRECISION
@@ -249,9 +251,17 @@ def store_strip(grad_A, total, part, rank, in_features, numbers, columns):
     tl.store(target, total.to(grad_A.dtype.element_ty), mask=mask)
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What makes ``activation(x) * up`` of x; up is [tokens, in], its columns next to each other."""
+
+    up: Tensor
+    activation: str
+
+
 def push(
     x: Tensor,
-    up: Tensor | None,
+    gate: Gate | None,
     g: Tensor,
     slots: Slots,
     grad_A: Sequence[Tensor],
@@ -261,8 +271,8 @@ def push(
     """Write dA.
 
     Args:
-        x: [tokens, in], its columns next to each other; with ``up`` the gate that x is made of.
-        up: the other half of a gated x, or ``None``.
+        x: [tokens, in], its columns next to each other; with ``gate`` the half that goes through the activation.
+        gate: how a gated x is made of it, or ``None``.
         g: [tokens, Σr] float32.
         slots: one per member.
         grad_A: contiguous [r, in] per slot, of one dtype.
@@ -270,6 +280,7 @@ def push(
         precision: of float32 products, ``"ieee"`` or ``"tf32"``.
     """
     tokens, in_features = x.shape
+    up = None if gate is None else gate.up
     strips = cdiv(in_features, tile.columns)
     parts = token_parts(tokens, strips)
     token_part = cdiv(cdiv(tokens, parts), tile.tokens) * tile.tokens
@@ -294,7 +305,8 @@ def push(
         traffic=lambda: Traffic((x, up, *slots.part_of(g)), results, flops=2 * tokens * in_features * sum(slots.ranks)),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        GATED=up is not None,
+        GATED=gate is not None,
+        ACTIVATION="silu" if gate is None else gate.activation,
         SLOTS=len(slots),
         RANK=slots.padded_rank,
         DROPOUT=slots.dropout,

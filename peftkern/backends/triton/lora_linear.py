@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.backends.triton.adapter_gradients import pull, push
+from peftkern.backends.triton.adapter_gradients import Gate, pull, push
 from peftkern.backends.triton.adapters import Slots, all_slots, launches_of, new_inner, total_rank
 from peftkern.backends.triton.configurations import Tile, few_tokens_kernel, gradient_parts, tile_for
 from peftkern.backends.triton.crossover import Path, choose, device_key
@@ -68,14 +68,16 @@ def gated_lora_linear_backward(
     need_gate: bool,
     need_up: bool,
     need_lora: Sequence[bool],
+    activation: str,
     free: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """Backward; see :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference` for shapes."""
     member, need_x = Member(weight, adapters, None), need_gate or need_up
-    grad_x, (grad_A,), (grad_B,) = group_backward([grad], gate, [member], h, need_x, [need_lora], up)
+    made_of = None if up is None else Gate(_unit_stride(up), activation)
+    grad_x, (grad_A,), (grad_B,) = group_backward([grad], gate, [member], h, need_x, [need_lora], made_of)
     if grad_x is None:
         return None, None, grad_A, grad_B
-    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up, free), grad_A, grad_B
+    return *silu_mul_backward(grad_x, gate, up, need_gate, need_up, activation, free), grad_A, grad_B
 
 
 # ---- a group
@@ -151,11 +153,11 @@ def group_backward(
     h: Tensor,
     need_x: bool,
     need_lora: Sequence[Sequence[bool]],
-    up: Tensor | None = None,
+    gate: Gate | None = None,
 ) -> tuple[Tensor | None, list[list[Tensor | None]], list[list[Tensor | None]]]:
     """Backward of layers that share x; see :mod:`peftkern.ops.lora_linear_group` for shapes.
 
-    With ``up``, x is ``silu(x) * up``, made again where it is read.
+    With ``gate``, x is ``activation(x) * up``, made again where it is read.
     """
     gradients = _AdapterGradients.of(members, need_lora)
     widths = [total_rank([member.adapters]) for member in members]
@@ -166,7 +168,7 @@ def group_backward(
             continue
         begin = sum(widths[:first])
         columns = h[:, begin : begin + sum(widths[first:last])]
-        part = _backward(kept, x, up, members[first:last], columns, need_x, need_lora[first:last], gradients, first)
+        part = _backward(kept, x, gate, members[first:last], columns, need_x, need_lora[first:last], gradients, first)
         grad_x = part if grad_x is None or part is None else grad_x.add_(part)
     return grad_x, gradients.grad_A, gradients.grad_B
 
@@ -174,7 +176,7 @@ def group_backward(
 def _backward(
     grads: Sequence[Tensor],
     x: Tensor | None,
-    up: Tensor | None,
+    gate: Gate | None,
     members: Sequence[Member],
     h: Tensor,
     need_x: bool,
@@ -200,7 +202,7 @@ def _backward(
         grad_x = _input_gradient(call, grads, members, slots, inner)
     if need_A:
         assert x is not None and g is not None
-        _push(call, _unit_stride(x), None if up is None else _unit_stride(up), g, slots, len(members), gradients, first)
+        _push(call, _unit_stride(x), gate, g, slots, len(members), gradients, first)
     return grad_x
 
 
@@ -248,7 +250,7 @@ class _Sums:
 def _push(
     call: _Call,
     x: Tensor,
-    up: Tensor | None,
+    gate: Gate | None,
     g: Tensor,
     slots: Slots,
     members: int,
@@ -259,7 +261,7 @@ def _push(
         grad_A = gradients.new_a(index, range(first, first + members))
         tile = call.tile("push")
         for chosen in _one_launch_or_each(some):
-            push(x, up, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
+            push(x, gate, g, some.only(chosen), [grad_A[i] for i in chosen], tile, call.precision)
 
 
 def _input_gradient(call: _Call, grads: Sequence[Tensor], members: Sequence[Member], slots: Slots, g: Tensor) -> Tensor:

@@ -180,17 +180,9 @@ def lora_linear_group_backward(
 # ---- silu_mul
 
 
-def _objection_to_gate(tensor: Tensor, activation: str) -> str | None:
+def _supports_silu_mul(tensor: Tensor, *_rest: Any) -> str | None:
     objection = _objection(tensor)
-    if objection is not None:
-        return objection
-    if activation != "silu":
-        return f"activation {activation}"
-    return None if tensor.dtype in _DTYPES else f"{tensor.dtype} tensors"
-
-
-def _supports_silu_mul(gate: Tensor, _up: Tensor, activation: str = "silu", *_rest: Any) -> str | None:
-    return _objection_to_gate(gate, activation)
+    return f"{tensor.dtype} tensors" if objection is None and tensor.dtype not in _DTYPES else objection
 
 
 @registry.register("silu_mul", "triton", supports=_supports_silu_mul)
@@ -198,16 +190,10 @@ def silu_mul(gate: Tensor, up: Tensor, activation: str = "silu", out: Tensor | N
     """See :func:`peftkern.ops.silu_mul.silu_mul_reference`."""
     from peftkern.backends.triton.silu_mul import silu_mul
 
-    return silu_mul(gate, up, out)
+    return silu_mul(gate, up, activation, out)
 
 
-def _supports_silu_mul_backward(
-    grad: Tensor, _gate: Tensor, _up: Any, _need_gate: bool, _need_up: bool, activation: str = "silu", *_rest: Any
-) -> str | None:
-    return _objection_to_gate(grad, activation)
-
-
-@registry.register("silu_mul_backward", "triton", supports=_supports_silu_mul_backward)
+@registry.register("silu_mul_backward", "triton", supports=_supports_silu_mul)
 def silu_mul_backward(
     grad: Tensor,
     gate: Tensor,
@@ -220,26 +206,14 @@ def silu_mul_backward(
     """See :func:`peftkern.ops.silu_mul.silu_mul_backward_reference`."""
     from peftkern.backends.triton.silu_mul import silu_mul_backward
 
-    return silu_mul_backward(grad, gate, up, need_gate, need_up, free)
+    return silu_mul_backward(grad, gate, up, need_gate, need_up, activation, free)
 
 
 # ---- gated_lora_linear
 
 
-def _supports_gated_backward(
-    grad: Tensor,
-    _gate: Tensor,
-    _up: Any,
-    weight: Weight,
-    _adapters: Adapters,
-    _h: Tensor,
-    _need_gate: bool,
-    _need_up: bool,
-    _need_lora: Any,
-    activation: str = "silu",
-    *_rest: Any,
-) -> str | None:
-    return _objection_to_product(grad, [weight]) or _objection_to_gate(grad, activation)
+def _supports_gated_backward(grad: Tensor, _gate: Tensor, _up: Tensor, weight: Weight, *_rest: Any) -> str | None:
+    return _objection_to_product(grad, [weight])
 
 
 @registry.register("gated_lora_linear_backward", "triton", supports=_supports_gated_backward)
@@ -259,7 +233,8 @@ def gated_lora_linear_backward(
     """See :func:`peftkern.ops.gated_lora_linear.gated_lora_linear_backward_reference`."""
     from peftkern.backends.triton.lora_linear import gated_lora_linear_backward
 
-    return gated_lora_linear_backward(grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora, free)
+    call = (grad, gate, up, weight, adapters, h, need_gate, need_up, need_lora)
+    return gated_lora_linear_backward(*call, activation, free)
 
 
 # ---- masked_linear

@@ -323,10 +323,11 @@ class MaskedCase:
 
 @dataclass(frozen=True)
 class GateCase:
-    """The gate of a SwiGLU block, forward and backward."""
+    """The gate of a SwiGLU or GeGLU block, forward and backward."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
+    activation: str = "silu"
 
     def record(self) -> list[Launch]:
         """See :class:`Recorded`."""
@@ -334,7 +335,8 @@ class GateCase:
 
         gate = _empty(2048, 14336, dtype=self.dtype)
         with recording() as launches:
-            silu_mul_backward(silu_mul(gate, gate), gate, gate, True, True, (False, False))
+            y = silu_mul(gate, gate, self.activation)
+            silu_mul_backward(y, gate, gate, True, True, self.activation, (False, False))
         return launches
 
 
@@ -456,6 +458,8 @@ ENTRY_VARIANTS: tuple[Recorded, ...] = (
     MaskedCase("masked int8, float32", "int8", torch.float32),
     MaskedCase("masked dense, odd size", shape=(1001, 1003)),
     GateCase("gate float32", torch.float32),
+    GateCase("gate by gelu", activation="gelu"),
+    GateCase("gate by gelu with tanh", activation="gelu_tanh"),
 )
 """What else those are compiled for."""
 
