@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peftkern.integrations import PackingCollator as PackingCollator
     from peftkern.integrations import PreferenceLoss as PreferenceLoss
     from peftkern.integrations import QuantConfig as QuantConfig
+    from peftkern.integrations import attend_by_example as attend_by_example
     from peftkern.integrations import check_packing as check_packing
     from peftkern.integrations import dpo_loss as dpo_loss
     from peftkern.integrations import orpo_loss as orpo_loss
@@ -55,6 +56,7 @@ _LAZY = {
     "QuantConfig": "peftkern.integrations",
     "QuantizedLinear": "peftkern.nn",
     "RandomSelection": "peftkern.select.random_selection",
+    "attend_by_example": "peftkern.integrations",
     "check_packing": "peftkern.integrations",
     "dpo_loss": "peftkern.integrations",
     "orpo_loss": "peftkern.integrations",
@@ -91,6 +93,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "adapters_by_row",
+    "attend_by_example",
     "check_packing",
     "dpo_loss",
     "ops",

@@ -222,6 +222,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "packing-smollm2",
+            "training steps of SmolLM2-135M on examples of different lengths, packed in one row beside padded",
+            "peftkern.bench.packing:cases",
+            packages=("peft",),
+        ),
+        Benchmark(
             "loss-parity",
             "the loss over 20 seeded training steps of SmolLM2-135M, fp32 at precision 'highest'",
             "peftkern.bench.loss:cases",

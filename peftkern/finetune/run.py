@@ -113,7 +113,7 @@ def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, sta
     reporter.say(f"\n{source.name}: {adapted.quantization}; {_describe_method(config)}, {adapted.trained:,} numbers")
     reporter.say(f"{adapted.report}\n")
     if config.packing:
-        _check_packing(adapted.model)
+        _prepare_packing(adapted.model)
     session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
     if config.resume:
         noted = output.read_facts()[_BEFORE]
@@ -219,9 +219,10 @@ def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
     return loss
 
 
-def _check_packing(model: Any) -> None:
-    from peftkern.integrations.packing import check_packing
+def _prepare_packing(model: Any) -> None:
+    from peftkern.integrations.packing import attend_by_example, check_packing
 
+    attend_by_example(model)
     try:
         check_packing(model)
     except ValueError as error:

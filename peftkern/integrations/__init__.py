@@ -13,6 +13,7 @@ from peftkern.integrations.registration import register, register_on_import
 if TYPE_CHECKING:
     from peftkern.integrations.bitsandbytes import config_from_pretrained as config_from_pretrained
     from peftkern.integrations.packing import PackingCollator as PackingCollator
+    from peftkern.integrations.packing import attend_by_example as attend_by_example
     from peftkern.integrations.packing import check_packing as check_packing
     from peftkern.integrations.preference import PreferenceLoss as PreferenceLoss
     from peftkern.integrations.preference import dpo_loss as dpo_loss
@@ -27,6 +28,7 @@ _LAZY = {
     "PreferenceLoss": "peftkern.integrations.preference",
     "QuantConfig": "peftkern.integrations.quant_config",
     "QuantizeReport": "peftkern.integrations.report",
+    "attend_by_example": "peftkern.integrations.packing",
     "check_packing": "peftkern.integrations.packing",
     "config_from_pretrained": "peftkern.integrations.bitsandbytes",
     "dpo_loss": "peftkern.integrations.preference",
@@ -47,6 +49,7 @@ __all__ = [
     "PreferenceLoss",
     "QuantConfig",
     "QuantizeReport",
+    "attend_by_example",
     "check_packing",
     "config_from_pretrained",
     "dpo_loss",

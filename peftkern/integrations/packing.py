@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening
+from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Between logits of a packed and of a separate example, ‖difference‖ / ‖logits‖. One that sees another is at 1e-2 in
@@ -27,7 +30,7 @@ class PackingCollator:
     """Joins the examples of a batch in one row of tokens, for causal language models.
 
     A drop-in for a collator that pads: the same loss and gradients, no token of padding computed. The tokens of a batch
-    share one attention mask, [tokens, tokens], so few long rows cost more attention than many short ones.
+    share one attention mask, [tokens, tokens]; `attend_by_example` keeps a CPU from computing what it leaves out.
 
     >>> peftkern.check_packing(model)
     >>> Trainer(model, arguments, train_dataset=examples, data_collator=peftkern.PackingCollator())
@@ -100,6 +103,58 @@ def check_packing(model: nn.Module) -> None:
             f"{name} cannot be trained on packed rows: its logits differ by {difference:.1e} from those of each "
             "example alone, so examples see each other; pad instead"
         )
+
+
+def attend_by_example(model: nn.Module) -> bool:
+    """Let the attention of ``model`` take the examples of packed rows one by one, the numbers being the same.
+
+    PyTorch's attention goes through the whole mask of a row, [tokens, tokens], of which packing leaves a few blocks.
+    Where the examples begin is read from the position ids, which a GPU would have to wait for: this is for the CPU.
+    ``set_attn_implementation("sdpa")`` undoes it.
+
+    Args:
+        model: a model of transformers, with adapters or without, patched or not.
+
+    Returns:
+        Whether it does now; ``False`` and nothing changed where the model is not on the CPU or does not run PyTorch's
+        attention ("sdpa").
+    """
+    inner = _inner(model)
+    if inner.device.type != "cpu" or inner.config._attn_implementation not in ("sdpa", _ATTENTION):
+        return False
+    AttentionInterface.register(_ATTENTION, _attention_by_example)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    inner.set_attn_implementation(_ATTENTION)
+    return True
+
+
+_ATTENTION = "peftkern_by_example"
+
+
+def _attention_by_example(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As transformers' attention: query, key and value are [rows, heads, tokens, features of a head]."""
+    bounds = _bounds(options.get("position_ids"), query, key)
+    if attention_mask is None or len(bounds) < 3:
+        output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return output
+    parts = [
+        sdpa_attention_forward(
+            module, *(t[:, :, a:b] for t in (query, key, value)), attention_mask[..., a:b, a:b], **options
+        )[0]
+        for a, b in pairwise(bounds)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+def _bounds(position_ids: Tensor | None, query: Tensor, key: Tensor) -> list[int]:
+    """Where the examples of a single row begin, and its end; empty where that is not known."""
+    tokens = query.shape[2]
+    if position_ids is None or query.shape[0] != 1 or key.shape[2] != tokens or position_ids.shape != (1, tokens):
+        return []
+    breaks = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    return [0, *breaks.tolist(), tokens]
 
 
 def _inner(model: Any) -> Any:

@@ -23,6 +23,7 @@ from peftkern.bench import (
     measure,
     memory,
     optimizer,
+    packing,
     peers,
     select_prediction,
     select_top,
@@ -32,6 +33,7 @@ from peftkern.bench import (
     step,
 )
 from peftkern.bench import quantize as quantize_cases
+from peftkern.finetune.encoding import PadRight
 
 ONCE = Effort(minimum_pairs=1, maximum_pairs=1, seconds=0.0)
 PRECISIONS = [linear.HIGHEST, linear.HIGH, linear.BF16, linear.BF16_DEFAULT]
@@ -136,6 +138,16 @@ def test_losses_agree(checkpoint: smollm2.Checkpoint) -> None:
     assert len(losses.ours) == len(differences.ours) == 3
     assert 0 <= max(differences.ours) <= 1e-4
     assert "3 steps" in differences.case
+
+
+def test_packed_steps_agree_with_padded_ones(checkpoint: smollm2.Checkpoint) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 60, (n,), generator=generator).tolist() for n in (3, 9, 5, 7, 2, 8, 4, 6, 11)]
+    examples = [{"input_ids": ids, "labels": ids} for ids in rows]
+    case = packing.setup_packing(checkpoint, examples, PadRight(0))
+    case.check()
+    assert case.ours() == pytest.approx(case.peer(), rel=0.1)
+    assert case.case.startswith("steps of 8 examples, 6 tokens each | padded, 1.71 of them")
 
 
 def test_memory_runs_both_sides_in_fresh_processes(checkpoint: smollm2.Checkpoint) -> None:

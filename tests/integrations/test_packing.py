@@ -76,12 +76,14 @@ def test_padding_is_left_out_and_lengths_must_fit() -> None:
         collate([{"input_ids": []}])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "by example"])
 @pytest.mark.parametrize("name", APART)
 def test_losses_and_gradients_are_those_of_a_padded_batch(name: str, attention: str) -> None:
-    if (name, attention) == ("gemma2", "sdpa"):
+    if name == "gemma2" and attention != "eager":
         pytest.skip("transformers has no such attention for it")
-    model = FAMILIES[name].with_lora("nf4", config={"attn_implementation": attention})
+    config = {"attn_implementation": "eager" if attention == "eager" else "sdpa"}
+    model = FAMILIES[name].with_lora("nf4", config=config)
+    assert attention != "by example" or peftkern.attend_by_example(model)
     peftkern.patch(model, logits=False)
     packed, padded = peftkern.PackingCollator()(examples()), pad(examples())
     expected = losses(model, padded)
@@ -91,6 +93,28 @@ def test_losses_and_gradients_are_those_of_a_padded_batch(name: str, attention: 
     theirs = gradients(model, expected.mean())
     for name, gradient in gradients(model, model(**packed).loss).items():
         assert_close(gradient, theirs[name], name)
+
+
+def test_attention_by_example_computes_no_pairs_of_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].build("dense")
+    seen: list[int] = []  # tokens that are attended to
+    real = nn.functional.scaled_dot_product_attention
+
+    def record(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(key.shape[2])
+        return real(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", record)
+    assert peftkern.attend_by_example(model) and peftkern.attend_by_example(model)
+    model(**peftkern.PackingCollator()(examples()))
+    assert seen == 2 * list(LENGTHS)
+    seen.clear()
+    padded = pad(examples())
+    model(**padded)  # rows of a padded batch are left alone
+    assert seen == 2 * [max(LENGTHS)]
+    model.set_attn_implementation("sdpa")
+    eager = FAMILIES["gemma2"].build("dense")
+    assert not peftkern.attend_by_example(eager) and eager.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["opt", "bloom"])
