@@ -26,6 +26,8 @@ from peftkern.patch.arguments import (
     with_adapters,
     with_deltas,
 )
+from peftkern.patch.attention import rotary_kind
+from peftkern.patch.decoder_layer import BEHIND, is_decoder_layer
 from peftkern.patch.experts import experts_behind, holds_packed_experts, is_param_wrapper, read_experts
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
@@ -118,6 +120,10 @@ def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
             yield _gated_finding(name, module, setting)
         elif norm_kind(original_class(type(module))) is not None:
             yield _norm_finding(name, module, setting)
+        elif rotary_kind(original_class(type(module))) is not None:
+            yield _attention_finding(name, module, setting)
+        elif is_decoder_layer(original_class(type(module))):
+            yield _decoder_layer_finding(name, module, setting)
         elif isinstance(module, nn.Linear):
             yield _plain_finding(name, module, setting)
         elif _is_a(module, "transformers.pytorch_utils", "Conv1D"):
@@ -291,7 +297,7 @@ def _norm_finding(name: str, norm: Any, setting: _Setting) -> Finding:
             raise NotFused(OWN_FORWARD)
         weight, eps = read_norm(norm, kind)
         row = torch.empty(1, 1, dtype=setting.dtype, device=None if weight is None else weight.device)
-        choice = _norm_choice(row, NormForm(eps), setting)
+        choice = _choice_of("norm", row, (row, None, None, None, NormForm(eps)), setting)
     except NotFused as refusal:
         return Finding(name, norm, _left(name, norm, str(refusal)))
     note = FEW_RUN_ORIGINAL if choice.reason != "forced" else ""
@@ -300,15 +306,52 @@ def _norm_finding(name: str, norm: Any, setting: _Setting) -> Finding:
     return Finding(name, norm, report_row, fused.fused_class(original_class(type(norm))))
 
 
-def _norm_choice(row: Tensor, form: NormForm, setting: _Setting) -> registry.Choice:
+def _choice_of(operation: str, row: Tensor, arguments: Sequence[Any], setting: _Setting) -> registry.Choice:
+    """Which backend runs ``operation``; `NotFused` where none does better than the module itself."""
     try:
-        choice = registry.choose("norm", row, None, None, None, form, backend=setting.backend)
+        choice = registry.choose(operation, *arguments, backend=setting.backend)
     except registry.BackendError as error:  # there are backends of linear layers alone
         raise NotFused(str(error)) from None
-    # a model on the meta device stands for one elsewhere
-    if choice.backend == "reference" and choice.reason != "forced" and not row.is_meta:
+    if choice.backend == "reference" and choice.reason != "forced" and not _stands_for_the_cpu(row):
         raise NotFused(f"no kernel for {row.dtype} on {row.device.type}: {choice.reason}")
     return choice
+
+
+def _stands_for_the_cpu(row: Tensor) -> bool:
+    """Whether ``row`` is of a model on the meta device, and not one whose launches on a GPU are counted."""
+    return row.is_meta and registry.choose("silu_mul", row, row, "silu").backend == "reference"
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
+
+
+def _attention_finding(name: str, block: nn.Module, setting: _Setting) -> Finding:
+    try:
+        if has_own_forward(block):
+            raise NotFused(OWN_FORWARD)
+        state = torch.empty(1, 1, 1, 2, dtype=setting.dtype, device=_device_of(block))
+        choice = _choice_of("rotary", state, ((state,), state[0], state[0], False, False), setting)
+    except NotFused as refusal:
+        return Finding(name, block, _left(name, block, str(refusal)))
+    kernel = f"rotary on {choice.backend}"
+    row = PatchRow(name, _class_name(block), "", "fused", kernel, calls_left=_calls(block))
+    return Finding(name, block, row, fused.fused_class(original_class(type(block))))
+
+
+def _decoder_layer_finding(name: str, layer: Any, setting: _Setting) -> Finding:
+    norm = getattr(layer, BEHIND)
+    finding = _norm_finding(BEHIND, norm, setting) if norm_kind(original_class(type(norm))) is not None else None
+    try:
+        if has_own_forward(layer):
+            raise NotFused(OWN_FORWARD)
+        if finding is None or finding.row is None or finding.layer_class is None:
+            raise NotFused(f"no fused form of the norm behind its sum, {type(norm).__name__}")
+    except NotFused as refusal:
+        return Finding(name, layer, _left(name, layer, str(refusal)))
+    kernel = finding.row.kernel.replace("rms_norm", "rms_norm with residual")
+    row = PatchRow(name, _class_name(layer), "", "fused", kernel, finding.row.reason, calls_left=_calls(layer))
+    return Finding(name, layer, row, fused.fused_class(original_class(type(layer))))
 
 
 def _base_finding(name: str, module: nn.Module, setting: _Setting, note: str) -> Finding:

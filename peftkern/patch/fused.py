@@ -52,6 +52,8 @@ from peftkern.patch.arguments import (
     read_lora,
     running_adapters,
 )
+from peftkern.patch.attention import RotaryKind, rotary_kind, takes_renamed, with_rotary
+from peftkern.patch.decoder_layer import BEHIND, is_decoder_layer, run_layer
 from peftkern.patch.experts import is_param_wrapper, read_experts, run_experts
 from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
@@ -180,6 +182,11 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
         return {"forward": _gated_forward}
     if tail_of(original) is not None:
         return {"forward": _language_model_forward(original)}
+    rotary = rotary_kind(original)
+    if rotary is not None:
+        return {"forward": _attention_forward(original, rotary)}
+    if is_decoder_layer(original):
+        return {"forward": _decoder_layer_forward(original)}
     norm = norm_kind(original)
     if norm is not None:
         return {"forward": _norm_forward(original, norm)}
@@ -286,6 +293,42 @@ def _norm_forward(original: Any, kind: NormKind) -> Callable[..., Tensor]:
         return original.forward(self, *args, **kwargs)  # type: ignore[no-any-return]
 
     return forward
+
+
+def _attention_forward(original: Any, kind: RotaryKind) -> Callable[..., Any]:
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__[STATE]
+        # a compiler fuses what it finds, and would not see through the names
+        if torch.compiler.is_compiling() or takes_renamed(original.forward, kwargs):
+            return original.forward(self, *args, **kwargs)
+        return with_rotary(original.forward, kind, state.backend, state.note)(self, *args, **kwargs)
+
+    return forward
+
+
+def _decoder_layer_forward(original: Any) -> Callable[..., Any]:
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__[STATE]
+        if _is_only_a_norm(self, getattr(self, BEHIND)) and not torch.compiler.is_compiling():
+            try:
+                output = run_layer(original, self, args, kwargs, state.backend)
+            except NotFused as refusal:
+                state.note(str(refusal))
+            else:
+                if output is not None:
+                    return output
+        return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _is_only_a_norm(layer: Any, norm: Any) -> bool:
+    """Whether calling ``norm`` is the fused norm, on the same backend, and nothing more."""
+    if not is_fused(norm) or is_hooked(norm) or has_global_hooks():
+        return False
+    return bool(norm.__dict__[STATE].backend == layer.__dict__[STATE].backend)
 
 
 def _gated_forward(self: Any, x: Tensor) -> Tensor:

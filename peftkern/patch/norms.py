@@ -163,6 +163,25 @@ def normalize(norm: Any, kind: NormKind, x: Tensor, backend: str | None) -> Tens
     )
 
 
+def add_and_normalize(
+    norm: Any, kind: NormKind, x: Tensor, residual: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """What ``norm`` returns for ``residual + x``, and that sum.
+
+    Raises:
+        NotFused: the operation does not cover it.
+    """
+    weight, eps = read_norm(norm, kind)
+    _check_input(x, weight, kind)
+    if type(residual) not in KNOWN_TENSORS or (residual.dtype, residual.shape) != (x.dtype, x.shape):
+        raise NotFused("the residual stream is of another type, dtype or shape than what is added to it")
+    if residual.device != x.device:
+        raise NotFused("the residual stream is on another device than what is added to it")
+    return rms_norm(
+        x, weight, eps, residual, kind.weight_offset, round_before_weight=kind.round_before_weight, backend=backend
+    )
+
+
 def _check_input(x: Any, weight: Tensor | None, kind: NormKind) -> None:
     if type(x) not in KNOWN_TENSORS or x.dtype not in FLOAT_DTYPES or x.dim() == 0:
         what = f"a {type(x).__name__}" if not isinstance(x, Tensor) else f"a {type(x).__name__} of {x.dtype}"

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.patch.arguments import compute_dtype, is_lora_class, running_adapters
+from peftkern.patch.attention import rotary_kind
+from peftkern.patch.decoder_layer import is_decoder_layer
 from peftkern.patch.language_model import is_language_model
 from peftkern.patch.table import format_table, pattern_of
 from peftkern.patch.walk import originals, patched_modules
@@ -147,7 +149,8 @@ def verify(model: nn.Module, batch: Mapping[str, Any]) -> VerifyReport:
 
 def _compare(model: nn.Module, batch: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> VerifyReport:
     outputs: dict[str, VerifyRow] = {}
-    # on its own: PEFT's LoRA on a parameter counts as a change of it, which no backward pass behind it would take
+    # on its own: PEFT's LoRA on a parameter counts as a change of it, which no backward pass behind it would take; and
+    # modules that run as one do so only where no hook looks in between
     with _random_state(), _output_checks(modules, outputs), torch.enable_grad():
         model(**batch)
     with _random_state():
@@ -191,9 +194,11 @@ def _adds_nothing(module: Any) -> bool:
 
 
 def _is_checked(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    # the output of a language model in training is its loss, which has a row of its own
-    is_model = is_language_model(original_class(type(modules[name])))
-    return not is_model and not _is_base_of_another(name, modules)
+    # the output of a language model in training is its loss, which has a row of its own; attention and the layers
+    # around it may add to a cache in every call
+    original = original_class(type(modules[name]))
+    runs_once = is_language_model(original) or is_decoder_layer(original) or rotary_kind(original) is not None
+    return not runs_once and not _is_base_of_another(name, modules)
 
 
 def _is_base_of_another(name: str, modules: Mapping[str, nn.Module]) -> bool:

@@ -26,10 +26,11 @@ from peftkern.nn import QuantizedLinear
 BASES = ("dense", "bnb-nf4", "bnb-nf4-double", "bnb-fp4", "bnb-int8", "nf4", "int8")
 """Kinds of base layers: the last two are `QuantizedLinear`."""
 
-NORMS = 5
-OTHERS = NORMS if cpu.available() else 0
-"""Modules of a `llama` that are patched whatever its linear layers and blocks: norms, where a kernel is there."""
-OTHERS_LEFT = NORMS - OTHERS
+NORMS, ATTENTIONS, LAYERS = 5, 2, 2
+OTHERS = NORMS + ATTENTIONS + LAYERS if cpu.available() else 0
+"""Modules of a `llama` that are patched whatever its linear layers and blocks, where there is a kernel."""
+OTHER_CLASSES = {"LlamaRMSNorm", "LlamaAttention", "LlamaDecoderLayer"}
+OTHERS_LEFT = NORMS + ATTENTIONS + LAYERS - OTHERS
 
 VOCABULARY = 96
 ALORA: dict[str, Any] = {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import FAMILIES
-from patch_models import DEEP, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
+from patch_models import DEEP, OTHERS, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
@@ -384,6 +384,6 @@ def test_copies_and_the_way_back(how: Any) -> None:
     for each in (copied, model):
         assert type(each).__name__ == "LlamaForCausalLM" and type(each).__module__ == before.__module__
         assert inspect.signature(each.forward) == inspect.signature(llama().forward)
-        assert unpatch(each) == 3
+        assert unpatch(each) == 3 + OTHERS
         assert type(each) is before
         assert torch.equal(run(each, masked_text())[0], expected[0])

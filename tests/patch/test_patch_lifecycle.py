@@ -13,7 +13,19 @@ import bitsandbytes
 import peft
 import pytest
 import torch
-from patch_models import ALORA, BASES, OTHERS, OTHERS_LEFT, classes, fused_modules, llama, lora, run, text
+from patch_models import (
+    ALORA,
+    BASES,
+    OTHER_CLASSES,
+    OTHERS,
+    OTHERS_LEFT,
+    classes,
+    fused_modules,
+    llama,
+    lora,
+    run,
+    text,
+)
 from peft.tuners.lora import layer as lora_layer
 from torch import nn
 
@@ -95,7 +107,7 @@ def test_patch_is_idempotent() -> None:
 def test_layers_of_one_class_share_one_fused_class() -> None:
     model = lora(llama())
     patch(model)
-    fused_classes = {type(m) for name, m in fused_modules(model).items() if "norm" not in name}
+    fused_classes = {type(m) for m in fused_modules(model).values() if type(m).__name__ not in OTHER_CLASSES}
     assert sorted(fused_class.__name__ for fused_class in fused_classes) == ["Linear", "LlamaMLP"]
 
 
@@ -172,9 +184,8 @@ def test_kernels_are_what_the_modules_use(kernels: str, monkeypatch: pytest.Monk
     backend = None if kernels == "auto" else kernels
     assert asked == {"lora_linear": [backend] * 12, "gated_lora_linear": [backend] * 2}
     if kernels != "auto":
-        assert {row.kernel for row in report.fused} == {
-            f"{operation} on {kernels}" for operation in ("lora_linear", "silu_mul", "rms_norm")
-        }
+        operations = ("lora_linear", "silu_mul", "rms_norm", "rms_norm with residual", "rotary")
+        assert {row.kernel for row in report.fused} == {f"{operation} on {kernels}" for operation in operations}
 
 
 def native_kernels_are_built() -> bool:

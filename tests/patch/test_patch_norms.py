@@ -140,7 +140,7 @@ def test_a_model_computes_what_it_computed(dtype: torch.dtype) -> None:
     assert "5  LlamaRMSNorm" not in str(report) and "rms_norm on cpu" in str(report)
     assert_same_run(model, batch, expected, 10 * TOLERANCES[dtype])
     assert verify(model, batch).ok
-    assert unpatch(model) == 21
+    assert unpatch(model) == 25
     assert classes(model) == was
     assert torch.equal(model(**batch).logits, unpatched)
 

@@ -50,9 +50,11 @@ def peer_layer(shape: Shape, adapter_dtype: torch.dtype) -> nn.Module:
 def our_layer(shape: Shape, adapter_dtype: torch.dtype, recompute: str | None = None) -> nn.Module:
     """The same over our quantized layers, patched; ``recompute`` is as for `peftkern.patch`."""
     import peftkern
+    from peftkern.backends.triton.launch import recording
 
     layer = with_adapters(_decoder_layer(shape), quantized_linear, adapter_dtype)
-    peftkern.patch(layer, strict=True, recompute=recompute)
+    with recording():  # as on a GPU
+        peftkern.patch(layer, strict=True, recompute=recompute)
     return layer
 
 

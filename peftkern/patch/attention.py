@@ -1,0 +1,190 @@
+"""Rotary embeddings inside of the attention blocks of transformers.
+
+A block is known by the `forward` of its class, as in :mod:`peftkern.patch.known`. It calls the function
+`apply_rotary_pos_emb` of its module. That function stays what it is, for every other model; the forward of a patched
+block is run with another one under that name, by giving its code a copy of the module's names, made anew in every call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftkern.ops.lora_linear import FLOAT_DTYPES
+from peftkern.ops.rotary import rotary
+from peftkern.patch.known import known_row
+from peftkern.patch.weights import KNOWN_TENSORS, NotFused
+
+FUNCTION = "apply_rotary_pos_emb"
+
+RENAMED = ("past_key_values",)
+"""Keywords that a decorator of a forward translates where the forward itself does not take them."""
+
+
+@dataclass(frozen=True)
+class RotaryKind:
+    """What a module's `apply_rotary_pos_emb` computes.
+
+    Attributes:
+        interleaved: as in `ops.rotary`.
+        spread: whether the first half of the angles is meant for pairs that are neighbours.
+        promotes: whether results have the wider dtype of states and angles, not that of the states.
+    """
+
+    interleaved: bool = False
+    spread: bool = False
+    promotes: bool = True
+
+
+_LLAMA = RotaryKind()
+_OLMO = RotaryKind(promotes=False)
+_COHERE = RotaryKind(interleaved=True, promotes=False)
+_ERNIE = RotaryKind(interleaved=True, spread=True, promotes=False)
+_GLM = RotaryKind(interleaved=True, spread=True)
+
+ATTENTIONS: Mapping[str, RotaryKind] = {
+    "afmoe.modeling_afmoe.AfmoeAttention": _LLAMA,
+    "apertus.modeling_apertus.ApertusAttention": _LLAMA,
+    "arcee.modeling_arcee.ArceeAttention": _LLAMA,
+    "aria.modeling_aria.AriaTextAttention": _LLAMA,
+    "bamba.modeling_bamba.BambaAttention": _LLAMA,
+    "bitnet.modeling_bitnet.BitNetAttention": _LLAMA,
+    "chameleon.modeling_chameleon.ChameleonAttention": _LLAMA,
+    "csm.modeling_csm.CsmAttention": _LLAMA,
+    "cwm.modeling_cwm.CwmAttention": _LLAMA,
+    "deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention": _LLAMA,
+    "diffllama.modeling_diffllama.DiffLlamaAttention": _LLAMA,
+    "dots1.modeling_dots1.Dots1Attention": _LLAMA,
+    "emu3.modeling_emu3.Emu3Attention": _LLAMA,
+    "eurobert.modeling_eurobert.EuroBertAttention": _LLAMA,
+    "exaone4.modeling_exaone4.Exaone4Attention": _LLAMA,
+    "gemma.modeling_gemma.GemmaAttention": _LLAMA,
+    "gemma2.modeling_gemma2.Gemma2Attention": _LLAMA,
+    "gemma3.modeling_gemma3.Gemma3Attention": _LLAMA,
+    "glm4_moe.modeling_glm4_moe.Glm4MoeAttention": _LLAMA,
+    "gpt_neox.modeling_gpt_neox.GPTNeoXAttention": _LLAMA,
+    "granite.modeling_granite.GraniteAttention": _LLAMA,
+    "hunyuan_v1_dense.modeling_hunyuan_v1_dense.HunYuanDenseV1Attention": _LLAMA,
+    "hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1Attention": _LLAMA,
+    "lfm2.modeling_lfm2.Lfm2Attention": _LLAMA,
+    "llama.modeling_llama.LlamaAttention": _LLAMA,
+    "minicpm3.modeling_minicpm3.MiniCPM3Attention": _LLAMA,
+    "ministral.modeling_ministral.MinistralAttention": _LLAMA,
+    "ministral3.modeling_ministral3.Ministral3Attention": _LLAMA,
+    "mistral.modeling_mistral.MistralAttention": _LLAMA,
+    "mistral4.modeling_mistral4.Mistral4Attention": _LLAMA,
+    "mixtral.modeling_mixtral.MixtralAttention": _LLAMA,
+    "mllama.modeling_mllama.MllamaTextSelfAttention": _LLAMA,
+    "olmoe.modeling_olmoe.OlmoeAttention": _LLAMA,
+    "persimmon.modeling_persimmon.PersimmonAttention": _LLAMA,
+    "phi.modeling_phi.PhiAttention": _LLAMA,
+    "qwen2.modeling_qwen2.Qwen2Attention": _LLAMA,
+    "qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VLAttention": _LLAMA,
+    "qwen2_moe.modeling_qwen2_moe.Qwen2MoeAttention": _LLAMA,
+    "qwen2_vl.modeling_qwen2_vl.Qwen2VLAttention": _LLAMA,
+    "qwen3.modeling_qwen3.Qwen3Attention": _LLAMA,
+    "qwen3_5.modeling_qwen3_5.Qwen3_5Attention": _LLAMA,
+    "qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": _LLAMA,
+    "qwen3_next.modeling_qwen3_next.Qwen3NextAttention": _LLAMA,
+    "qwen3_vl.modeling_qwen3_vl.Qwen3VLTextAttention": _LLAMA,
+    "qwen3_vl_moe.modeling_qwen3_vl_moe.Qwen3VLMoeTextAttention": _LLAMA,
+    "seed_oss.modeling_seed_oss.SeedOssAttention": _LLAMA,
+    "smollm3.modeling_smollm3.SmolLM3Attention": _LLAMA,
+    "solar_open.modeling_solar_open.SolarOpenAttention": _LLAMA,
+    "stablelm.modeling_stablelm.StableLmAttention": _LLAMA,
+    "starcoder2.modeling_starcoder2.Starcoder2Attention": _LLAMA,
+    "vaultgemma.modeling_vaultgemma.VaultGemmaAttention": _LLAMA,
+    "youtu.modeling_youtu.YoutuAttention": _LLAMA,
+    "flex_olmo.modeling_flex_olmo.FlexOlmoAttention": _OLMO,
+    "olmo.modeling_olmo.OlmoAttention": _OLMO,
+    "olmo2.modeling_olmo2.Olmo2Attention": _OLMO,
+    "olmo3.modeling_olmo3.Olmo3Attention": _OLMO,
+    "cohere.modeling_cohere.CohereAttention": _COHERE,
+    "cohere2.modeling_cohere2.Cohere2Attention": _COHERE,
+    "ernie4_5.modeling_ernie4_5.Ernie4_5Attention": _ERNIE,
+    "ernie4_5_moe.modeling_ernie4_5_moe.Ernie4_5_MoeAttention": _ERNIE,
+    "glm.modeling_glm.GlmAttention": _GLM,
+    "glm4.modeling_glm4.Glm4Attention": _GLM,
+    "helium.modeling_helium.HeliumAttention": _GLM,
+}
+
+
+def rotary_kind(block_class: type) -> RotaryKind | None:
+    """How the class turns queries and keys, if it runs the forward of one of `ATTENTIONS`."""
+    return known_row(block_class, ATTENTIONS)
+
+
+@cache
+def _written(forward: Callable[..., Any]) -> types.FunctionType:
+    """The function below the decorators of a forward."""
+    written = inspect.unwrap(forward)
+    assert isinstance(written, types.FunctionType)
+    return written
+
+
+def takes_renamed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a decorator of ``forward`` has something to translate in a call with ``kwargs``."""
+    return any(name in kwargs and name not in _written(forward).__code__.co_varnames for name in RENAMED)
+
+
+def with_rotary(
+    forward: Callable[..., Any], kind: RotaryKind, backend: str | None, note: Callable[[str], None]
+) -> Callable[..., Any]:
+    """``forward`` of a known class, with our rotary embeddings in place of its module's.
+
+    Args:
+        forward: of the class.
+        kind: what its module's function computes.
+        backend: which must run it; ``None`` lets the table decide.
+        note: is told why, where the module's own function runs after all.
+    """
+    written = _written(forward)
+    names = dict(written.__globals__)
+    theirs = names[FUNCTION]
+    if getattr(theirs, "__module__", None) != written.__module__:  # somebody has replaced it
+        return forward
+    names[FUNCTION] = partial(_turn, theirs, kind, backend, note)
+    ours = types.FunctionType(written.__code__, names, written.__name__, written.__defaults__, written.__closure__)
+    ours.__kwdefaults__ = written.__kwdefaults__
+    return ours
+
+
+def _turn(
+    theirs: Callable[..., Any],
+    kind: RotaryKind,
+    backend: str | None,
+    note: Callable[[str], None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    try:
+        q, k, cos, sin = _read(kind, args, kwargs)
+    except NotFused as refusal:
+        note(str(refusal))
+        return theirs(*args, **kwargs)
+    return rotary(q, k, cos, sin, kind.interleaved, backend=backend)
+
+
+def _read(kind: RotaryKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if kwargs or len(args) != 4:
+        raise NotFused(f"{FUNCTION} is called with more than queries, keys, cosines and sines")
+    if not {type(tensor) for tensor in args} <= KNOWN_TENSORS:
+        raise NotFused("queries, keys or angles are not plain tensors")
+    q, k, cos, sin = args
+    if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or cos.shape[1] != q.shape[2] or k.dtype != q.dtype:
+        states = f"queries are {q.dtype} {list(q.shape)}, keys {k.dtype} {list(k.shape)}"
+        raise NotFused(f"{states}, angles {list(cos.shape)}")
+    if q.dtype not in FLOAT_DTYPES or cos.requires_grad:
+        raise NotFused(f"queries are {q.dtype}" if not cos.requires_grad else "the angles are trained")
+    if kind.promotes and torch.promote_types(q.dtype, cos.dtype) != q.dtype:
+        raise NotFused(f"queries are {q.dtype} and angles {cos.dtype}: the result is in the wider one")
+    if kind.spread:
+        cos, sin = (angles[..., : angles.shape[-1] // 2].repeat_interleave(2, dim=-1) for angles in (cos, sin))
+    return q, k, cos, sin
