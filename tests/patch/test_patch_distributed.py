@@ -1,4 +1,4 @@
-"""Patched 4-bit models with LoRA in two processes train as in one: DDP, FSDP2 and a Trainer, each rank on its rows."""
+"""Patched 4-bit models with LoRA in two processes train as in one: DDP, FSDP2, DPO, Trainer, each rank on its rows."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
+import peftkern
 from peftkern.patch import patch
 
 STEPS = 3
@@ -48,6 +49,13 @@ def whole(parameter: Tensor) -> Tensor:
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
+def preference_gradients(model: nn.Module, rank: int | None) -> dict[str, Tensor]:
+    """Of DPO over two pairs, or over the one of this process."""
+    rows = slice(None) if rank is None else slice(rank, None, 2)
+    peftkern.dpo_loss(model, {name: value[rows] for name, value in text(4, seed=9).items()}).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 def train_with_trainer(model: Any, folder: str, rows: int) -> tuple[list[float], dict[str, Tensor]]:
     data = [{name: value[i] for name, value in text(4, seed=step).items()} for step in range(STEPS) for i in range(4)]
     arguments = TrainingArguments(
@@ -72,12 +80,16 @@ def train_with_trainer(model: Any, folder: str, rows: int) -> tuple[list[float],
 def assert_same(actual: tuple[list[float], dict[str, Tensor]], expected: tuple[list[float], dict[str, Tensor]]) -> None:
     assert len(expected[0]) == STEPS and expected[0][0] != expected[0][-1]
     assert actual[0] == pytest.approx(expected[0], rel=1e-5)
-    parameters = {name.removeprefix("module."): value for name, value in actual[1].items()}
-    assert parameters.keys() == expected[1].keys()
-    assert all(error(parameters[name], value) <= DEEP for name, value in expected[1].items())
+    assert_same_tensors(actual[1], expected[1])
 
 
-def _worker(rank: int, folder: str, in_one_process: Any, with_one_trainer: Any) -> None:
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    actual = {name.removeprefix("module."): value for name, value in actual.items()}
+    assert actual.keys() == expected.keys() and actual
+    assert all(error(actual[name], value) <= DEEP for name, value in expected.items())
+
+
+def _worker(rank: int, folder: str, in_one_process: Any, with_one_trainer: Any, preferences: Any) -> None:
     torch.set_num_threads(1)
     model = lora(llama("nf4"))
     patch(model, strict=True)
@@ -86,6 +98,7 @@ def _worker(rank: int, folder: str, in_one_process: Any, with_one_trainer: Any) 
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         assert_same(train(DistributedDataParallel(copy.deepcopy(model)), rank), in_one_process)
+        assert_same_tensors(preference_gradients(DistributedDataParallel(copy.deepcopy(model)), rank), preferences)
         assert_same(train_with_trainer(copy.deepcopy(model), folder, 2), with_one_trainer)
 
         sharded = copy.deepcopy(model)
@@ -101,5 +114,8 @@ def _worker(rank: int, folder: str, in_one_process: Any, with_one_trainer: Any) 
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # workers are fresh interpreters, which do not inherit pytest's import path
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    expected = train(lora(llama("nf4")), None), train_with_trainer(lora(llama("nf4")), str(tmp_path), 4)
+    model = lora(llama("nf4"))
+    preferences = preference_gradients(model, None)
+    model.zero_grad()
+    expected = train(model, None), train_with_trainer(lora(llama("nf4")), str(tmp_path), 4), preferences
     torch.multiprocessing.spawn(_worker, (str(tmp_path), *expected), nprocs=2)
