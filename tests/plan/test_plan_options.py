@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from plan_models import llama
 from typer.testing import CliRunner
 
 import peftkern
+from peftkern.backends import registry
 from peftkern.cli.main import app
 from peftkern.plan import PlanError
 from peftkern.plan.devices import NAMES, find
 from peftkern.plan.search import parse_bytes
+from peftkern.plan.stand_ins import STAND_INS
 from peftkern.select.flops import FlopCounter
 
 GPU = {"device": "l4"}
@@ -139,3 +142,10 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--device", "rtx-4080"])
     assert result.exit_code == 2
     assert "did you mean 'rtx-4090'" in result.output + (result.stderr or "")
+
+
+@pytest.mark.parametrize("operation", STAND_INS)
+def test_a_stand_in_takes_what_its_operation_takes(operation: str) -> None:
+    """So that an operation that gets an argument more fails here by its name."""
+    arguments = inspect.signature(registry.reference(operation)).parameters
+    inspect.signature(STAND_INS[operation]).bind(*arguments)
