@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -286,15 +287,23 @@ def test_what_the_layer_keeps_when_it_recomputes() -> None:
     assert figures["whole layer, recompute='mlp'"][0] <= 0.4 * figures["whole layer, recompute='mlp'"][1]
 
 
+FUSED = {"norm_kernel": 2, "norm_backward_kernel": 2, "rotary_kernel": 2}
+"""Kernels of ours outside of the linear layers and the gate, and how often a layer launches them in a step."""
+
+
 def test_nothing_is_moved_out_of_the_linear_layers(steps: cases.Steps) -> None:
-    """Outside of the feed-forward block both sides launch the same kernels; in it ours launches its gate alone."""
+    """Ours launches norms, rotary embeddings and its gate, and besides nothing that the peer does not launch."""
     ours, peer = (
-        sorted(
+        Counter(
             (kernel.module, kernel.name, kernel.bytes) for kernel in of_others(step) if not is_in_block(kernel.module)
         )
         for step in (steps.ours, steps.peer)
     )
-    assert ours == peer
+    names = [name for _module, name, _bytes in ours.elements()]
+    assert {name: names.count(name) for name in FUSED} == FUSED
+    assert Counter({key: count for key, count in ours.items() if key[1] not in FUSED}) <= peer
+    assert ours.total() <= 0.3 * peer.total()
+    assert sum(size for _, _, size in ours.elements()) <= 0.5 * sum(size for _, _, size in peer.elements())
     gate = [kernel for kernel in of_others(steps.ours) if is_in_block(kernel.module)]
     activation = 2 * TOKENS * LLAMA_3_8B.intermediate_size
     assert [(kernel.name, kernel.bytes) for kernel in gate] == [
@@ -307,8 +316,8 @@ def test_nothing_is_moved_out_of_the_linear_layers(steps: cases.Steps) -> None:
 
 def test_nothing_is_kept_elsewhere_instead(steps: cases.Steps) -> None:
     ours, peer = (kept_elsewhere(step) for step in (steps.ours, steps.peer))
-    assert ours == peer
-    assert len(ours) > 10
+    assert len(ours) > 6
+    assert sum(size for _module, size in ours) < sum(size for _module, size in peer)
 
 
 def kept_elsewhere(step: Step) -> list[tuple[str, int]]:

@@ -18,6 +18,7 @@ from peftkern.backends.triton.sparse_layout import is_copied
 from peftkern.formats import BitMask, QuantizedTensor, SparseIndices
 from peftkern.ops.adamw import Coefficients, Scale
 from peftkern.ops.lora_linear import Adapters, Weight
+from peftkern.ops.norm import NormForm
 from peftkern.ops.select_top import Scored
 from peftkern.ops.silu_mul import NOTHING_FREE
 
@@ -175,6 +176,72 @@ def lora_linear_group_backward(
     from peftkern.backends.triton.lora_linear import group_backward
 
     return group_backward(grads, x, members, h, need_x, need_lora)
+
+
+# ---- norm, rotary
+
+
+_MOST_FEATURES = 16384
+"""As in `triton/norm.py`, which is imported when it runs."""
+
+
+def _objection_to_values(tensors: Sequence[Tensor]) -> str | None:
+    objection = _objection(tensors[0])
+    if objection is not None:
+        return objection
+    return next((f"{tensor.dtype} tensors" for tensor in tensors if tensor.dtype not in _DTYPES), None)
+
+
+def _supports_norm(x: Tensor, _residual: Tensor | None, weight: Tensor | None, *_rest: Any) -> str | None:
+    objection = _objection_to_values([x] if weight is None else [x, weight])
+    return f"rows of {x.shape[1]} numbers" if objection is None and x.shape[1] > _MOST_FEATURES else objection
+
+
+@registry.register("norm", "triton", supports=_supports_norm)
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, form: NormForm
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Forward; see :func:`peftkern.ops.norm.norm_reference`."""
+    from peftkern.backends.triton.norm import norm
+
+    return norm(x, residual, weight, bias, form)
+
+
+def _supports_norm_backward(
+    _grad: Tensor, _grad_total: Tensor | None, total: Tensor, weight: Tensor | None, *_rest: Any
+) -> str | None:
+    return _supports_norm(total, None, weight)
+
+
+@registry.register("norm_backward", "triton", supports=_supports_norm_backward)
+def norm_backward(
+    grad: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    form: NormForm,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward; see :func:`peftkern.ops.norm.norm_backward_reference`."""
+    from peftkern.backends.triton.norm import norm_backward
+
+    return norm_backward(grad, grad_total, total, weight, mean, rstd, form, need_x, need_weight, need_bias)
+
+
+def _supports_rotary(states: Sequence[Tensor], cos: Tensor, *_rest: Any) -> str | None:
+    return _objection_to_values([*states, cos])
+
+
+@registry.register("rotary", "triton", supports=_supports_rotary)
+def rotary(states: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> list[Tensor]:
+    """See :func:`peftkern.ops.rotary.rotary_reference`."""
+    from peftkern.backends.triton.rotary import rotary
+
+    return rotary(states, cos, sin, interleaved, inverse)
 
 
 # ---- silu_mul

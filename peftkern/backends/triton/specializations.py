@@ -28,6 +28,7 @@ from peftkern.ops.adamw import MOMENT_BLOCK_SIZE, coefficients_of
 from peftkern.ops.importance import KINDS
 from peftkern.ops.lora_linear import Adapters, Weight
 from peftkern.ops.lora_linear_group import Member
+from peftkern.ops.norm import NormForm
 from peftkern.ops.select_top import PASSES, SCORES, Scored
 
 
@@ -341,6 +342,50 @@ class GateCase:
 
 
 @dataclass(frozen=True)
+class NormCase:
+    """A norm of rows, forward and backward: ``layer`` with mean, bias and their gradients, or as Llama has it."""
+
+    name: str
+    layer: bool = False
+    residual: bool = True
+    features: int = 4096
+    dtype: torch.dtype = torch.bfloat16
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.norm import norm, norm_backward
+
+        x, weight = _empty(2048, self.features, dtype=self.dtype), _empty(self.features, dtype=self.dtype)
+        form = NormForm(1e-6, centered=self.layer, round_before_weight=not self.layer)
+        residual, bias = x if self.residual else None, weight if self.layer else None
+        with recording() as launches:
+            y, _total, mean, rstd = norm(x, residual, weight, bias, form)
+            norm_backward(y, residual, x, weight, mean, rstd, form, True, self.layer, self.layer)
+        return launches
+
+
+@dataclass(frozen=True)
+class RotaryCase:
+    """Queries and keys of grouped-query attention turned, and turned back."""
+
+    name: str
+    interleaved: bool = False
+    rotary_dim: int = 128
+    dtype: torch.dtype = torch.bfloat16
+
+    def record(self) -> list[Launch]:
+        """See :class:`Recorded`."""
+        from peftkern.backends.triton.rotary import rotary
+
+        states = [_empty(1, 2048, heads, 128, dtype=self.dtype).transpose(1, 2) for heads in (32, 8)]
+        angles = _empty(1, 2048, self.rotary_dim, dtype=self.dtype)
+        with recording() as launches:
+            for inverse in (False, True):
+                rotary(states, angles, angles, self.interleaved, inverse)
+        return launches
+
+
+@dataclass(frozen=True)
 class UpdateCase:
     """An update by AdamW. ``scale``: ``"rows"``, ``"mask"`` or ``None``. ``aged``: entries have ages.
 
@@ -435,6 +480,9 @@ ENTRIES: tuple[Recorded, ...] = (
     ImportanceCase("importance, sum", "sum"),
     MaskedCase("masked dense"),
     GateCase("gate"),
+    NormCase("rms norm, residual"),
+    NormCase("rms norm", residual=False),
+    RotaryCase("rotary"),
 )
 """Every kernel that works entry by entry."""
 
@@ -458,6 +506,9 @@ ENTRY_VARIANTS: tuple[Recorded, ...] = (
     MaskedCase("masked int8, float32", "int8", torch.float32),
     MaskedCase("masked dense, odd size", shape=(1001, 1003)),
     GateCase("gate float32", torch.float32),
+    NormCase("layer norm", layer=True),
+    NormCase("rms norm float32, odd", features=577, dtype=torch.float32),
+    RotaryCase("rotary, interleaved part", interleaved=True, rotary_dim=64),
     GateCase("gate by gelu", activation="gelu"),
     GateCase("gate by gelu with tanh", activation="gelu_tanh"),
 )
