@@ -20,7 +20,7 @@ SETTINGS: Mapping[str, Mapping[str, str]] = {"freed memory returned": FREED_MEMO
 PAIRS = 2
 STEPS = 2  # the optimizer's state exists from the end of the first one
 
-LEAN = ", ".join(f"{name}={value!r}" for name, value in smollm2.LEAN.items())
+LEAN = ", ".join([*(f"{name}={value!r}" for name, value in smollm2.LEAN.items()), "return_freed_memory()"])
 
 PEAK, PEAK_OF_STEPS, AFTER_LOADING = "peak, loading and steps", "peak of the steps", "after loading"
 _STATUS = Path("/proc/self/status")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import peftkern
+from peftkern.allocator import return_freed_memory
 from peftkern.bench import peers
 from peftkern.bench.errors import BenchError
 from peftkern.select.policy import Policy
@@ -224,6 +225,12 @@ def half_loop(folder: str, embeddings: str) -> Loop:
     return loop
 
 
+def lean_loop(folder: str) -> Loop:
+    """Our step with everything that saves memory and changes no number."""
+    return_freed_memory()
+    return Loop(load_ours(folder, **LEAN))
+
+
 class PolicyLoop(Loop):
     """The same step, of a model whose trained parameters ``policy`` chooses."""
 
@@ -245,7 +252,7 @@ LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "ours": lambda folder: Loop(load_ours(folder)),
     "dense": dense_loop,
     "green": lambda folder: PolicyLoop(load_dense(folder), peftkern.GreenTrainer(rho=0.5)),
-    "ours lean": lambda folder: Loop(load_ours(folder, **LEAN)),
+    "ours lean": lean_loop,
     "peer": lambda folder: Loop(load_peer(folder)),
     "ours checkpointed": lambda folder: Loop(checkpointed(load_ours(folder, logits=False))),
     "peer checkpointed": lambda folder: Loop(checkpointed(load_peer(folder))),
