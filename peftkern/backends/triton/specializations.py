@@ -482,6 +482,7 @@ ENTRIES: tuple[Recorded, ...] = (
     GateCase("gate"),
     NormCase("rms norm, residual"),
     NormCase("rms norm", residual=False),
+    NormCase("layer norm", layer=True),
     RotaryCase("rotary"),
 )
 """Every kernel that works entry by entry."""
@@ -506,7 +507,6 @@ ENTRY_VARIANTS: tuple[Recorded, ...] = (
     MaskedCase("masked int8, float32", "int8", torch.float32),
     MaskedCase("masked dense, odd size", shape=(1001, 1003)),
     GateCase("gate float32", torch.float32),
-    NormCase("layer norm", layer=True),
     NormCase("rms norm float32, odd", features=577, dtype=torch.float32),
     RotaryCase("rotary, interleaved part", interleaved=True, rotary_dim=64),
     GateCase("gate by gelu", activation="gelu"),
