@@ -269,6 +269,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=_COUNTED,
         ),
         Benchmark(
+            "traffic-step",
+            "launches of a whole layer and bytes of all 32, norms, rotary embedding and attention included",
+            "peftkern.bench.traffic.cases:whole_step",
+            packages=_COUNTED,
+        ),
+        Benchmark(
             "traffic-saved",
             "memory that they keep for the backward pass",
             "peftkern.bench.traffic.cases:saved",

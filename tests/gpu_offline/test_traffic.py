@@ -523,3 +523,10 @@ CODEBOOKS = {codebook(format).shape for format in ("nf4", "int8_blockwise")}
 
 def memory_of(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def test_the_whole_layer_launches_a_quarter_and_moves_half(steps: cases.Steps) -> None:
+    ours, peer = total(steps.ours.kernels), total(steps.peer.kernels)
+    assert peer.launches > 200  # with norms, rotary embedding and attention
+    assert ours.launches <= peer.launches / 4
+    assert ours.bytes <= peer.bytes / 2

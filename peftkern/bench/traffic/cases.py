@@ -1,5 +1,6 @@
 """Cases of ``traffic-launches``, ``traffic-bytes`` and ``traffic-saved``: the linear layers of one decoder layer; and
-of ``traffic-saved-layer``: those with the feed-forward block around them, and the whole layer.
+of ``traffic-saved-layer``: those with the feed-forward block around them, and the whole layer; and of ``traffic-step``:
+all that a layer launches, and the bytes of all layers.
 
 Counted and not timed: every launch reads and writes memory once for each of its operands, however well a cache would
 serve it, on both sides alike. Our paths are those that an H100 would take. bitsandbytes takes the same on every GPU.
@@ -32,6 +33,7 @@ ADAPTERS: Mapping[str, torch.dtype] = {
 """A float32 adapter makes PEFT cast every activation, and so is the easier one to beat."""
 
 GPU = devices.H100
+LAYERS = 32
 GIGABYTE, MEGABYTE = 1e9, 1e6
 KIBIBYTE = 1024
 
@@ -91,6 +93,17 @@ def saved() -> Iterator[Measurement]:
         steps = count_both(dtype)
         ours, peer = (saved_bytes(step) / MEGABYTE for step in (steps.ours, steps.peer))
         yield Measurement(describe(adapter), "MB", Quantity.MEMORY, [ours], [peer])
+
+
+def whole_step() -> Iterator[Measurement]:
+    """Measurements of ``traffic-step``. Embeddings, the last norm, the loss and the optimizer are in neither side."""
+    for adapter, dtype in ADAPTERS.items():
+        steps = count_both(dtype)
+        ours, peer = total(steps.ours.kernels), total(steps.peer.kernels)
+        case = describe(adapter)
+        yield Measurement(f"a layer, {case}", "launches", Quantity.COUNT, [ours.launches], [peer.launches])
+        figures = [LAYERS * side.bytes / GIGABYTE for side in (ours, peer)]
+        yield Measurement(f"{LAYERS} layers, {case}", "GB", Quantity.COUNT, figures[:1], figures[1:])
 
 
 def saved_by_layer(shape: Shape = LLAMA_3_8B, tokens: int = TOKENS) -> Iterator[Measurement]:
