@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from peftkern.formats import QuantizedTensor
 from peftkern.gpu_check import peers, references
 from peftkern.gpu_check.rows import Row
 from peftkern.ops.dequantize import dequantize_reference
+from peftkern.ops.norm import NormForm
 from peftkern.ops.quantize import quantize_reference
 from peftkern.tune.measure import product
 from peftkern.tune.operands import Operands, Subject, make
@@ -215,13 +216,16 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Gate:
-    """``silu(gate) * up`` of a feed-forward block, or its backward pass."""
+class _Rowwise:
+    """An operation without products, forward or backward, on [tokens, features]."""
 
     tokens: int
     features: int
     dtype: torch.dtype
     direction: Direction
+
+    forward_operation: ClassVar[str]
+    backward_operation: ClassVar[str]
 
     @property
     def title(self) -> str:
@@ -229,7 +233,7 @@ class Gate:
 
     @property
     def _operation(self) -> str:
-        return "silu_mul" if self.direction == "forward" else "silu_mul_backward"
+        return self.forward_operation if self.direction == "forward" else self.backward_operation
 
     def launches(self) -> list[Launch]:
         with launch.recording() as launches:
@@ -251,17 +255,77 @@ class Gate:
         seconds = bench.timer.seconds(calls)
         yield Row(self._operation, shape, self.tokens, seconds, moved, 0, "single", {}, error, limit)
 
+    def _normal(self, count: int, device: str) -> list[Tensor]:
+        return [torch.randn(self.tokens, self.features, device=device).to(self.dtype) for _ in range(count)]
+
+    def _results(self, result: Any) -> list[Tensor]:
+        listed = [result] if isinstance(result, Tensor) else list(result)
+        return [tensor for tensor in listed if tensor is not None]
+
+    def _input(self, device: str) -> list[Tensor]:
+        raise NotImplementedError
+
+    def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
+        raise NotImplementedError
+
+
+class Gate(_Rowwise):
+    """``silu(gate) * up`` of a feed-forward block."""
+
+    forward_operation, backward_operation = "silu_mul", "silu_mul_backward"
+
     def _input(self, device: str) -> list[Tensor]:
         """gate and up, and backward the gradient in front of them."""
-        count = 2 if self.direction == "forward" else 3
-        return [torch.randn(self.tokens, self.features, device=device).to(self.dtype) for _ in range(count)]
+        return self._normal(2 if self.direction == "forward" else 3, device)
 
     def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
         flags = () if self.direction == "forward" else (True, True)
         return partial(registry.run, self._operation, *tensors, *flags, backend=backend)
 
-    def _results(self, result: Any) -> list[Tensor]:
-        return [result] if isinstance(result, Tensor) else list(result)
+
+class Norm(_Rowwise):
+    """An RMS norm with the addition of the residual in front of it, and all its gradients."""
+
+    forward_operation, backward_operation = "norm", "norm_backward"
+
+    def _input(self, device: str) -> list[Tensor]:
+        """x and residual, or the gradients of y and of the sum and the sum; the weight; backward one over the size."""
+        weight = torch.rand(self.features, device=device).to(self.dtype)
+        if self.direction == "forward":
+            return [*self._normal(2, device), weight]
+        return [*self._normal(3, device), weight, torch.rand(self.tokens, device=device)]
+
+    def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
+        form = NormForm(1e-6)
+        if self.direction == "forward":
+            return partial(registry.run, "norm", *tensors, None, form, backend=backend)
+        *rest, rstd = tensors
+        return partial(registry.run, "norm_backward", *rest, None, rstd, form, True, True, False, backend=backend)
+
+
+class Rotation(_Rowwise):
+    """The rotary embedding of queries and of a quarter as many keys; ``features`` is that of all heads of queries."""
+
+    forward_operation, backward_operation = "rotary", "rotary"
+
+    def _input(self, device: str) -> list[Tensor]:
+        """Queries, keys, cosines and sines."""
+        heads = self.features // _HEAD
+        states = [
+            torch.randn(1, self.tokens, count, _HEAD, device=device).to(self.dtype).transpose(1, 2)
+            for count in (heads, max(1, heads // 4))
+        ]
+        angles = torch.rand(1, self.tokens, _HEAD, device=device)
+        return [*states, angles.cos().to(self.dtype), angles.sin().to(self.dtype)]
+
+    def _call(self, tensors: Sequence[Tensor], backend: str) -> Callable[[], Any]:
+        q, k, cos, sin = tensors
+        inverse = self.direction == "backward"
+        return partial(registry.run, "rotary", (q, k), cos, sin, False, inverse, backend=backend)
+
+
+_HEAD = 128
+"""Numbers of a head."""
 
 
 @dataclass(frozen=True)

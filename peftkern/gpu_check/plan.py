@@ -10,7 +10,7 @@ from peftkern.backends.cuda import MAX_TOKENS
 from peftkern.backends.triton.devices import Rates
 from peftkern.backends.triton.launch import Launch
 from peftkern.backends.triton.roofline import OVERHEAD, possible_paths
-from peftkern.gpu_check.items import Conversion, Gate, GatedBackward, Item, Kernels, Operation
+from peftkern.gpu_check.items import Conversion, Gate, GatedBackward, Item, Kernels, Norm, Operation, Rotation
 from peftkern.gpu_check.training_items import (
     Importance,
     MaskedProduct,
@@ -79,6 +79,8 @@ def _gates() -> Iterator[Item]:
     for tokens in TOKENS:
         for direction in DIRECTIONS:
             yield Gate(tokens, 14336, torch.bfloat16, direction)
+            yield Norm(tokens, 4096, torch.bfloat16, direction)
+        yield Rotation(tokens, 4096, torch.bfloat16, "forward")
         yield GatedBackward(Subject(_DOWN, "nf4", torch.bfloat16), tokens)
 
 

@@ -188,8 +188,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     interleaved, inverse, backend = ctx.call
-    turned = torch.ops.peftkern.rotary(grads, *ctx.saved_tensors, interleaved, not inverse, backend)
-    return turned, None, None, None, None, None
+    needs = ctx.needs_input_grad[0]
+    wanted = [grad for grad, need in zip(grads, needs, strict=True) if need]
+    turned = iter(torch.ops.peftkern.rotary(wanted, *ctx.saved_tensors, interleaved, not inverse, backend))
+    return [next(turned) if need else None for need in needs], None, None, None, None, None
 
 
 _operator.register_autograd(_backward, setup_context=_setup_context)

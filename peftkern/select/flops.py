@@ -46,10 +46,12 @@ class Part:
     Attributes:
         flops: of this part.
         outputs: positions, among the operator's tensors that come out, of those that need it; ``None``: all.
+        of_gradients: those are gradients, which the forward pass makes already.
     """
 
     flops: float
     outputs: tuple[int, ...] | None = None
+    of_gradients: bool = False
 
 
 Parts = list[Part]
@@ -334,7 +336,7 @@ def _linear_cross_entropy(arguments: Mapping[str, Any], _out: Any) -> Parts:
     """The scores, and a product for each gradient that is made of them right away."""
     product = _product(labelled_tokens(arguments["labels"], arguments["ignore_index"]), arguments)
     wanted = [(index,) for index, name in ((1, "need_hidden"), (2, "need_weight")) if arguments[name]]
-    return [Part(product), *(Part(product, outputs) for outputs in wanted)]
+    return [Part(product), *(Part(product, outputs, of_gradients=True) for outputs in wanted)]
 
 
 def _norm(arguments: Mapping[str, Any], out: Any) -> Parts:

@@ -301,8 +301,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_forward(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         tensors = _tensors(out)
         for part, charge in self._parts(func, args, kwargs, out):
-            if part.outputs is None:
+            if not part.of_gradients:
                 self.trace.forward_flops += part.flops
+                continue
             for index in part.outputs or ():
                 self.made.setdefault(_memory(tensors[index]), []).append(charge)
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)

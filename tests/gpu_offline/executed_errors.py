@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 import executor
 
 from peftkern.backends.triton.crossover import possible_paths
-from peftkern.gpu_check.items import Bench, Gate, Item, Operation
+from peftkern.gpu_check.items import Bench, Gate, Item, Norm, Operation, Rotation
 from peftkern.gpu_check.references import LIMITS
 from peftkern.tune.measure import DIRECTIONS, product
 from peftkern.tune.operands import Subject
@@ -43,10 +43,12 @@ class OneCallEach:
 def sample(dtype: torch.dtype) -> Iterator[Item]:
     for direction in DIRECTIONS:
         yield Gate(TOKENS, 130, dtype, direction)
+        yield Norm(TOKENS, 130, dtype, direction)
         for format in ("nf4", None):
             subject = Subject(GROUP, format, dtype)
             for path in possible_paths(product(subject, direction, TOKENS)):
                 yield Operation(subject, TOKENS, direction, path)
+    yield Rotation(TOKENS, 256, dtype, "forward")
 
 
 def main() -> None:

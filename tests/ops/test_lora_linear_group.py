@@ -430,7 +430,7 @@ def test_members_that_do_not_fit(grouped: list[tuple[str, int]]) -> None:
     lopsided = Member(torch.zeros(4, 128), Adapters([torch.zeros(2, 128)], [], [1.0], [0.0], None), None)
     for bad, error, message in (
         ([], ValueError, "at least one layer"),
-        ([members[0], "up_proj"], TypeError, "must hold Member objects, got str"),
+        ([members[0], "up_proj"], TypeError, "layers must be Member objects, got str"),
         ([members[0], narrow], ValueError, "x must be"),
         ([members[0], lopsided], ValueError, "lora_B must have one entry per adapter"),
     ):

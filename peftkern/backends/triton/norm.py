@@ -36,6 +36,7 @@ def norm_kernel(
     features,
     x_stride,
     residual_stride,
+    one_over_features,
     eps,
     weight_offset,
     HAS_RESIDUAL: tl.constexpr,
@@ -55,10 +56,10 @@ def norm_kernel(
         tl.store(total + row * features + feature, rounded, mask=mask)
         values = rounded.to(tl.float32)
     if CENTERED:
-        center = tl.sum(values, axis=0) / features
+        center = tl.sum(values, axis=0) * one_over_features
         tl.store(mean + row, center)
         values = tl.where(mask, values - center, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(values * values, axis=0) / features + eps)
+    scale = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(values * values, axis=0) * one_over_features + eps))
     tl.store(rstd + row, scale)
     out = values * scale
     if ROUND_FIRST:
@@ -83,6 +84,7 @@ def norm_backward_kernel(
     grad_stride,
     grad_total_stride,
     total_stride,
+    one_over_features,
     weight_offset,
     HAS_GRAD_TOTAL: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -100,10 +102,10 @@ def norm_backward_kernel(
     arriving = tl.load(grad + row * grad_stride + feature, mask=mask, other=0.0).to(tl.float32)
     if HAS_WEIGHT:
         arriving *= tl.load(weight + feature, mask=mask, other=0.0).to(tl.float32) + weight_offset
-    along = tl.sum(arriving * normal, axis=0) / features
+    along = tl.sum(arriving * normal, axis=0) * one_over_features
     out = arriving - normal * along
     if CENTERED:
-        out -= tl.sum(arriving, axis=0) / features
+        out -= tl.sum(arriving, axis=0) * one_over_features
     out *= scale
     if HAS_GRAD_TOTAL:
         out += tl.load(grad_total + row * grad_total_stride + feature, mask=mask, other=0.0).to(tl.float32)
@@ -191,6 +193,7 @@ def norm(
             features,
             x.stride(0),
             x.stride(0) if residual is None else residual.stride(0),
+            1.0 / features,
             form.eps,
             form.weight_offset,
             traffic=lambda: Traffic((x, residual, weight, bias), (y, total, mean, rstd), flops=6 * y.numel()),
@@ -240,6 +243,7 @@ def norm_backward(
             grad.stride(0),
             grad.stride(0) if grad_total is None else grad_total.stride(0),
             total.stride(0),
+            1.0 / features,
             form.weight_offset,
             traffic=lambda: Traffic((grad, grad_total, total, weight, mean, rstd), (grad_x,), flops=10 * total.numel()),
             num_warps=warps,

@@ -22,12 +22,13 @@ def _turn(
     cos,
     sin,
     head_dim,
-    half,
+    rotary_dim,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
+    half = rotary_dim // 2
     pair = tl.arange(0, BLOCK)
     mask = pair < half
     first = 2 * pair if INTERLEAVED else pair
@@ -47,7 +48,7 @@ def _turn(
     tl.store(out + first, turned_a.to(out.dtype.element_ty), mask=mask)
     tl.store(out + second, turned_b.to(out.dtype.element_ty), mask=mask)
     if REST > 0:
-        behind = 2 * half + tl.arange(0, REST)
+        behind = rotary_dim + tl.arange(0, REST)
         tl.store(out + behind, tl.load(x + behind, mask=behind < head_dim, other=0.0), mask=behind < head_dim)
 
 
@@ -62,7 +63,7 @@ def rotary_kernel(
     q_heads,
     tokens,
     head_dim,
-    half,
+    rotary_dim,
     q_strides,
     k_strides,
     q_out_strides,
@@ -76,18 +77,18 @@ def rotary_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // tokens, row % tokens
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     cos += batch * cos_strides[0] + token * cos_strides[1]
     sin += batch * sin_strides[0] + token * sin_strides[1]
     if head < q_heads:
         q += batch * q_strides[0] + head * q_strides[1] + token * q_strides[2]
         q_out += batch * q_out_strides[0] + head * q_out_strides[1] + token * q_out_strides[2]
-        _turn(q, q_out, cos, sin, head_dim, half, INTERLEAVED, INVERSE, BLOCK, REST)
+        _turn(q, q_out, cos, sin, head_dim, rotary_dim, INTERLEAVED, INVERSE, BLOCK, REST)
     else:
         head -= q_heads
         k += batch * k_strides[0] + head * k_strides[1] + token * k_strides[2]
         k_out += batch * k_out_strides[0] + head * k_out_strides[1] + token * k_out_strides[2]
-        _turn(k, k_out, cos, sin, head_dim, half, INTERLEAVED, INVERSE, BLOCK, REST)
+        _turn(k, k_out, cos, sin, head_dim, rotary_dim, INTERLEAVED, INVERSE, BLOCK, REST)
 
 
 def _adjacent(tensor: Tensor) -> Tensor:
@@ -103,8 +104,8 @@ def rotary(states: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool
     outputs = [out if out.stride(-1) == 1 else out.contiguous() for out in results]
     cos, sin = _adjacent(cos), _adjacent(sin)
     batch, _, tokens, head_dim = inputs[0].shape
-    half = cos.shape[-1] // 2
-    rest = head_dim - 2 * half
+    rotary_dim = cos.shape[-1]
+    half, rest = rotary_dim // 2, head_dim - rotary_dim
     launch(
         rotary_kernel,
         (batch * tokens, sum(x.shape[1] for x in inputs)),
@@ -117,7 +118,7 @@ def rotary(states: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool
         inputs[0].shape[1],
         tokens,
         head_dim,
-        half,
+        rotary_dim,
         *(tensor.stride()[:3] for tensor in (inputs[0], inputs[-1], outputs[0], outputs[-1])),
         *((angles.stride(0) if angles.shape[0] > 1 else 0, angles.stride(1)) for angles in (cos, sin)),
         traffic=lambda: Traffic((*inputs, cos, sin), tuple(outputs), flops=3 * sum(x.numel() for x in inputs)),
