@@ -19,7 +19,8 @@ static void round_floats(DType dtype, int64_t count, float* values) {
 }
 
 static float sum_floats(const float* a, int64_t count) {
-  Float sums[4] = {zero(), zero(), zero(), zero()};
+  Float sums[kLanes];  // of which four take part: `sum_lanes` reads as many as there are lanes
+  for (Float& sum : sums) sum = zero();
   int64_t j = 0;
   for (; j + 4 * kLanes <= count; j += 4 * kLanes)
     for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], load(a + j + k * kLanes));
@@ -31,7 +32,8 @@ static float sum_floats(const float* a, int64_t count) {
 }
 
 static float dot_floats(const float* a, const float* b, int64_t count) {
-  Float sums[4] = {zero(), zero(), zero(), zero()};
+  Float sums[kLanes];  // of which four take part: `sum_lanes` reads as many as there are lanes
+  for (Float& sum : sums) sum = zero();
   int64_t j = 0;
   for (; j + 4 * kLanes <= count; j += 4 * kLanes)
     for (int k = 0; k < 4; ++k) sums[k] = fma(load(a + j + k * kLanes), load(b + j + k * kLanes), sums[k]);
