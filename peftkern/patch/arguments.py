@@ -179,9 +179,11 @@ def read_by_row(layer: Any, rows: Sequence[str], x: Tensor | None) -> tuple[Laye
     """What a LoRA layer whose batch has the adapters ``rows`` multiplies with, and which of those each row takes.
 
     Raises:
-        NotFused: as `read_lora` does (x may be missing), or it has a mask or sparse deltas, or an adapter is no plain
-            LoRA.
+        NotFused: as `read_lora` does (x may be missing), or it has merged adapters, a mask or sparse deltas, or an
+            adapter is no plain LoRA.
     """
+    if layer.merged_adapters:
+        raise NotFused("has merged adapters; call unmerge_adapter() first")
     present = [name for name in dict.fromkeys(rows) if name in layer._modules["lora_A"]._modules]
     base = layer._modules["base_layer"]
     check_base(base)

@@ -28,9 +28,9 @@ def adapters_by_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         with peftkern.adapters_by_row(model, ["law", "code", "law", "__base__"]):
             model(**batch).loss.backward()
 
-    Which adapters are active does not matter inside, and no adapter gets a gradient from another one's rows. Every
-    patched LoRA layer makes one product with its weight for all rows (`peftkern.ops.mixed_lora_linear`). With gradient
-    checkpointing the backward pass has to run inside as well.
+    Which adapters are active does not matter inside, disabled ones stay off, and no adapter gets a gradient from another
+    one's rows. Every patched LoRA layer makes one product with its weight for all rows
+    (`peftkern.ops.mixed_lora_linear`). With gradient checkpointing the backward pass has to run inside as well.
 
     Args:
         model: a patched model with LoRA adapters.
@@ -76,8 +76,6 @@ def _check_layer(name: str, layer: Any, names: Sequence[str]) -> None:
     try:
         if not is_fused(layer):
             raise NotFused("is not patched; call peftkern.patch(model) first")
-        if layer.merged_adapters:
-            raise NotFused("has merged adapters; call unmerge_adapter() first")
         if layer.disable_adapters:
             raise NotFused("has its adapters disabled")
         read_by_row(layer, names, None)

@@ -201,8 +201,8 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
 def _lora_forward(original: Any) -> Callable[..., Tensor]:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.__dict__[STATE].rows
-        if rows is not None:
-            return _run_by_row(self, x, rows)
+        if rows is not None and not self.disable_adapters:
+            return _run_by_row(self, x, rows, args, kwargs)
         names = running_adapters(self)
         if not names:  # the base layer alone
             return original.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -534,9 +534,10 @@ def _run(layer: Any, x: Tensor, arguments: LayerArguments) -> Tensor:
     return arguments.from_compute(y, x)
 
 
-def _run_by_row(layer: Any, x: Tensor, rows: Sequence[str]) -> Tensor:
+def _run_by_row(layer: Any, x: Tensor, rows: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     state = layer.__dict__[STATE]
     try:
+        _check_arguments(args, kwargs)
         arguments, adapters = read_by_row(layer, rows, x)
     except NotFused as refusal:
         raise ValueError(f"adapters_by_row: {state.name}: {refusal}") from refusal

@@ -80,6 +80,31 @@ def test_behind_the_block_all_is_as_before() -> None:
     assert loss_of(model, batch).item() == before
 
 
+def test_adapters_that_are_disabled_inside_are_off() -> None:
+    model, batch = two_adapters("nf4"), text(rows=4)
+    with model.disable_adapter():
+        expected = loss_of(model, batch).item()
+    patch(model)
+    with adapters_by_row(model, NAMES), model.disable_adapter():
+        assert loss_of(model, batch).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_names_of_pefts_own_inside_are_refused_and_not_ignored() -> None:
+    model, batch = two_adapters("dense").eval(), text(rows=4)
+    patch(model)
+    with adapters_by_row(model, NAMES), pytest.raises(ValueError, match="called with adapter_names"):
+        model(**batch, adapter_names=["default"] * 4)
+
+
+def test_adapters_that_are_merged_inside_are_refused() -> None:
+    model, batch = two_adapters("dense"), text(rows=4)
+    patch(model)
+    with adapters_by_row(model, NAMES):
+        model.merge_adapter(["default"])
+        with pytest.raises(ValueError, match=r"has merged adapters; call unmerge_adapter\(\) first"):
+            loss_of(model, batch)
+
+
 def test_with_checkpointing() -> None:
     model, batch = two_adapters("nf4"), text(rows=4)
     patch(model)
