@@ -28,8 +28,8 @@ def adapters_by_row(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         with peftkern.adapters_by_row(model, ["law", "code", "law", "__base__"]):
             model(**batch).loss.backward()
 
-    Which adapters are active does not matter inside, disabled ones stay off, and no adapter gets a gradient from another
-    one's rows. Every patched LoRA layer makes one product with its weight for all rows
+    Which adapters are active does not matter inside, disabled ones stay off, and no adapter gets a gradient from
+    another one's rows. Every patched LoRA layer makes one product with its weight for all rows
     (`peftkern.ops.mixed_lora_linear`). With gradient checkpointing the backward pass has to run inside as well.
 
     Args:
