@@ -104,8 +104,14 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             _BOTH_ALLOCATORS,
         ),
         Benchmark(
+            "step-smollm2-bf16",
+            "the same in bf16 on both sides: activations, adapter and compute",
+            "peftkern.bench.step:bf16_cases",
+            _BOTH_ALLOCATORS,
+        ),
+        Benchmark(
             "memory-smollm2",
-            "peak resident memory of that step, each side in a fresh process",
+            "peak resident memory of the step in fp32, each side in a fresh process",
             "peftkern.bench.memory:cases",
         ),
         Benchmark(
@@ -296,6 +302,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
 }
 
 
+ALIASES = {"step-smollm2-highest": "step-smollm2"}
+"""Second names of benchmarks."""
+
+
 def find(names: Sequence[str]) -> list[Benchmark]:
     """The benchmarks of these names, in this order, each once; all of them for an empty list.
 
@@ -304,6 +314,7 @@ def find(names: Sequence[str]) -> list[Benchmark]:
     """
     if not names:
         return list(BENCHMARKS.values())
+    names = [ALIASES.get(name, name) for name in names]
     unknown = [name for name in names if name not in BENCHMARKS]
     if unknown:
         raise BenchError(_describe_unknown(unknown))

@@ -74,23 +74,23 @@ def save_random(folder: str, **changes: Any) -> None:
         LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).save_pretrained(folder)
 
 
-def load_peer(folder: str) -> Any:
-    """PEFT + bitsandbytes: NF4 with double quantization, float32 compute, LoRA r=16 on all linears."""
+def load_peer(folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    """PEFT + bitsandbytes: NF4 with double quantization, LoRA r=16 on all linears; everything else in ``dtype``."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    return _with_seeded_adapter(model)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    return _with_seeded_adapter(model, dtype)
 
 
-def load_ours(folder: str, **options: Any) -> Any:
+def load_ours(folder: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The same through ``QuantConfig``, patched with ``options``."""
-    adapted = _with_seeded_adapter(_load_quantized(folder))
+    adapted = _with_seeded_adapter(_load_quantized(folder, dtype), dtype)
     peftkern.patch(adapted, strict=True, **options)
     return adapted
 
@@ -130,18 +130,18 @@ def load_dense(folder: str) -> Any:
     return model.train()
 
 
-def _load_quantized(folder: str) -> Any:
+def _load_quantized(folder: str, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = peftkern.QuantConfig("nf4", double_quant=True)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
 
 
-def _with_seeded_adapter(model: Any) -> Any:
+def _with_seeded_adapter(model: Any, dtype: torch.dtype) -> Any:
     model.config.use_cache = False
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return peers.with_adapter(model, "all-linear", torch.float32)
+        return peers.with_adapter(model, "all-linear", dtype)
 
 
 def make_batches(folder: str, count: int, batch: int = BATCH, length: int = LENGTH) -> list[Tensor]:
@@ -254,6 +254,8 @@ LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "green": lambda folder: PolicyLoop(load_dense(folder), peftkern.GreenTrainer(rho=0.5)),
     "ours lean": lean_loop,
     "peer": lambda folder: Loop(load_peer(folder)),
+    "ours bf16": lambda folder: Loop(load_ours(folder, torch.bfloat16)),
+    "peer bf16": lambda folder: Loop(load_peer(folder, torch.bfloat16)),
     "ours checkpointed": lambda folder: Loop(checkpointed(load_ours(folder, logits=False))),
     "peer checkpointed": lambda folder: Loop(checkpointed(load_peer(folder))),
     "sparse": lambda folder: Loop(load_sparse(folder)),

@@ -1,4 +1,4 @@
-"""A training step of SmolLM2-135M: NF4 double-quantized, LoRA r=16 on all linears, batch 4 x 256, float32.
+"""A training step of SmolLM2-135M: NF4 double-quantized, LoRA r=16 on all linears, batch 4 x 256, float32 or bfloat16.
 
 A step is forward, loss, backward and AdamW on the adapter.
 """
@@ -17,6 +17,9 @@ EFFORT = Effort(minimum_pairs=5, maximum_pairs=15, seconds=60.0)
 TOLERANCE = 1e-4
 """For the loss and every gradient: float32 rounding, summed up over the layers."""
 
+BFLOAT16_TOLERANCE = 0.25
+"""The same for bfloat16: every layer rounds what passes through it to 8 bits, forward and backward."""
+
 
 def setup_step(
     checkpoint: smollm2.Checkpoint,
@@ -25,6 +28,7 @@ def setup_step(
     effort: Effort = EFFORT,
     ours: str = "ours",
     peer: str = "peer",
+    tolerance: float = TOLERANCE,
 ) -> Case:
     """One step of two of `smollm2.LOOPS` on the same batch, with models from the same checkpoint and equal adapters."""
     theirs, mine = smollm2.LOOPS[peer](checkpoint.folder), smollm2.LOOPS[ours](checkpoint.folder)
@@ -36,7 +40,7 @@ def setup_step(
         our_loss, our_gradients = mine.loss_and_gradients(ids)
         peer_loss, peer_gradients = theirs.loss_and_gradients(ids)
         pairs = {f"gradient of {name}": (our_gradients[name], peer_gradients[name]) for name in peer_gradients}
-        peers.check_agreement({"loss": (our_loss, peer_loss), **pairs}, TOLERANCE)
+        peers.check_agreement({"loss": (our_loss, peer_loss), **pairs}, tolerance)
 
     text = f"forward + backward + AdamW, batch {batch} x {length}"
     text = f"{text}, {checkpoint.note}" if checkpoint.note else text
@@ -47,3 +51,9 @@ def cases() -> Iterator[Case]:
     """Cases of ``step-smollm2``."""
     with smollm2.checkpoint() as checkpoint:
         yield setup_step(checkpoint)
+
+
+def bf16_cases() -> Iterator[Case]:
+    """Cases of ``step-smollm2-bf16``."""
+    with smollm2.checkpoint() as checkpoint:
+        yield setup_step(checkpoint, ours="ours bf16", peer="peer bf16", tolerance=BFLOAT16_TOLERANCE)

@@ -58,6 +58,7 @@ class QuantizeWeight(_Operation):
                 self.hf_quantizer.errors.append(f"{name}: {error}")
                 continue
             result[name] = _convert_(module, quantized)
+            self.hf_quantizer.pages.release(tensor)
         return result
 
 

@@ -132,6 +132,15 @@ def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint, form:
     case.check()  # after equal steps the two models still agree
 
 
+def test_a_step_in_bfloat16_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint) -> None:
+    loops = {"ours": "ours bf16", "peer": "peer bf16", "tolerance": step.BFLOAT16_TOLERANCE}
+    case = step.setup_step(checkpoint, batch=2, length=16, effort=ONCE, **loops)
+    measure(case)
+    case.check()
+    model = smollm2.LOOPS["ours bf16"](checkpoint.folder).model
+    assert {parameter.dtype for parameter in peers.trainable(model).values()} == {torch.bfloat16}
+
+
 def test_losses_agree(checkpoint: smollm2.Checkpoint) -> None:
     losses, differences = loss.compare_losses(checkpoint, steps=3, batch=2, length=16)
     assert (losses.quantity, differences.quantity) == (Quantity.LOSS, Quantity.DIFFERENCE)
