@@ -14,7 +14,7 @@ Source: GACT, Liu et al. 2022 (arXiv:2206.11357), section 3, for training on com
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +36,7 @@ _ROW = 256
 
 
 @contextmanager
-def saved_activations(model: nn.Module, form: Form) -> Iterator[None]:
+def saved_activations(model: nn.Module, form: Form, others: Iterable[Tensor] = ()) -> Iterator[None]:
     """Inside, what the forward pass of ``model`` keeps for the backward pass is kept in another form.
 
         with saved_activations(model, "int8"):
@@ -46,13 +46,14 @@ def saved_activations(model: nn.Module, form: Form) -> Iterator[None]:
     Args:
         model: whose parameters and buffers stay where they are.
         form: as above.
+        others: that stay where they are as well, because somebody else holds them.
 
     Raises:
         ValueError: ``form`` is unknown.
     """
     if form not in FORMS:
         raise ValueError(f"saved_activations: form must be one of {', '.join(FORMS)}; got {form!r}")
-    keeper = _Keeper(model, form)
+    keeper = _Keeper([*model.parameters(), *model.buffers(), *others], form)
     with torch.autograd.graph.saved_tensors_hooks(keeper.pack, _unpack):
         yield
 
@@ -74,9 +75,9 @@ class _Kept:
 class _Keeper:
     """Converts, each tensor once."""
 
-    def __init__(self, model: nn.Module, form: Form) -> None:
+    def __init__(self, held: Iterable[Tensor], form: Form) -> None:
         self._form = form
-        self._held = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
         # by memory: what has been converted, for as long as both it and the memory are there
         self._kept: weakref.WeakKeyDictionary[torch.UntypedStorage, weakref.WeakValueDictionary[Any, _Kept]]
         self._kept = weakref.WeakKeyDictionary()

@@ -32,6 +32,7 @@ from peftkern.patch.experts import experts_behind, holds_packed_experts, is_para
 from peftkern.patch.fused import STATE
 from peftkern.patch.gated import is_gated_mlp
 from peftkern.patch.language_model import NO_LOGITS, check_model, is_language_model
+from peftkern.patch.layer_plan import TEXTS, LayerPlan, is_planned_layer
 from peftkern.patch.norms import FEW_RUN_ORIGINAL, norm_kind, read_norm
 from peftkern.patch.recompute import KEEPS, MADE_AGAIN, read_block
 from peftkern.patch.report import PatchRow
@@ -61,7 +62,7 @@ class Finding:
         row: in the report, if it gets one.
         layer_class: its fused class, if it is to be patched.
         arguments: of its product, if it has one that runs now.
-        recompute: what it makes again in the backward pass, as `patch` takes it; of gated blocks alone.
+        recompute: what a gated block makes again in the backward pass, or the word of a decoder layer in a plan.
         group: names of the layers that it shares its input with, itself included; empty where it has none.
     """
 
@@ -82,8 +83,12 @@ class _Setting:
     dtype: torch.dtype
 
 
-def examine(model: nn.Module, backend: str | None, logits: bool = True, recompute: str | None = None) -> list[Finding]:
+def examine(
+    model: nn.Module, backend: str | None, logits: bool = True, recompute: str | LayerPlan | None = None
+) -> list[Finding]:
     """All modules of ``model`` that `patch` has something to say about, outermost first; language models at the end.
+
+    ``recompute``: of all gated blocks, or of every layer.
 
     Raises:
         BackendError: ``backend`` cannot run one of them.
@@ -94,8 +99,21 @@ def examine(model: nn.Module, backend: str | None, logits: bool = True, recomput
     for group in sibling_groups(_in_features(findings.values())):
         members = [findings[name] for name in group]
         findings |= {finding.name: finding for finding in _in_group(members, setting)}
-    findings |= {finding.name: finding for finding in _recomputing(findings, recompute, setting)}
-    return [*findings.values(), *whole]
+    plan = _earlier_plan(model) if recompute is None else {} if isinstance(recompute, str) else recompute
+    of_blocks = None if isinstance(recompute, Mapping) else recompute
+    findings |= {finding.name: finding for finding in _recomputing(findings, of_blocks, plan, setting)}
+    following = {finding.name: finding for finding in _following(model, findings, plan)}
+    others = [finding for name, finding in findings.items() if name not in following]
+    return [*others, *following.values(), *whole]
+
+
+def words_of_layers(findings: Iterable[Finding]) -> tuple[str, ...]:
+    """The plan that the decoder layers follow, in their order; empty where there is none."""
+    return tuple(
+        finding.recompute
+        for finding in findings
+        if finding.recompute is not None and is_planned_layer(original_class(type(finding.module)))
+    )
 
 
 def _findings(model: nn.Module, setting: _Setting) -> Iterator[Finding]:
@@ -423,10 +441,12 @@ def _check_layer(layer: Any) -> Tensor | QuantizedTensor:
 # ---- gated blocks that make again what they need
 
 
-def _recomputing(findings: Mapping[str, Finding], recompute: str | None, setting: _Setting) -> Iterator[Finding]:
+def _recomputing(
+    findings: Mapping[str, Finding], recompute: str | None, plan: LayerPlan, setting: _Setting
+) -> Iterator[Finding]:
     """The fused gated blocks, with what they make again in the backward pass."""
     for finding in findings.values():
-        asked = recompute or _recompute(finding.module)
+        asked = _word_of_block(finding.name, plan) if plan else recompute or _recompute(finding.module)
         if asked is None or finding.row is None or finding.layer_class is None:
             continue
         if not is_gated_mlp(original_class(type(finding.module))):
@@ -436,6 +456,33 @@ def _recomputing(findings: Mapping[str, Finding], recompute: str | None, setting
         kernel = finding.row.kernel if why else finding.row.kernel.replace("silu_mul", "lora_mlp")
         row = replace(finding.row, kernel=kernel, reason="; ".join(filter(None, [finding.row.reason, note])))
         yield replace(finding, row=row, recompute=asked)
+
+
+def _word_of_block(name: str, plan: LayerPlan) -> str | None:
+    """What the plan says to a block in a layer; ``None``: nothing."""
+    word = next((word for layer, word in plan.items() if name == layer or name.startswith(f"{layer}.")), None)
+    return word if word in MADE_AGAIN else None
+
+
+def _following(model: nn.Module, findings: Mapping[str, Finding], plan: LayerPlan) -> Iterator[Finding]:
+    """The decoder layers, with what the plan says to them; those of an earlier plan, without."""
+    for name, layer in model.named_modules():
+        word = plan.get(name)
+        original = original_class(type(layer))
+        if not is_planned_layer(original) or (word is None and _recompute(layer) is None):
+            continue
+        finding = findings.get(name) or Finding(name, layer, None)
+        if word is not None:
+            own = PatchRow(name, _class_name(layer), "", "fused", "its own code", calls_left=_calls(layer))
+            row = finding.row or own
+            finding = replace(finding, row=replace(row, reason="; ".join(filter(None, [row.reason, TEXTS[word]]))))
+        yield replace(finding, layer_class=fused.fused_class(original), recompute=word)
+
+
+def _earlier_plan(model: nn.Module) -> LayerPlan:
+    modules = model.named_modules()
+    words = {name: _recompute(module) for name, module in modules if is_planned_layer(original_class(type(module)))}
+    return {name: word for name, word in words.items() if word is not None}
 
 
 def _recompute(module: nn.Module) -> str | None:

@@ -57,6 +57,7 @@ from peftkern.patch.decoder_layer import BEHIND, is_decoder_layer, run_layer
 from peftkern.patch.experts import is_param_wrapper, read_experts, run_experts
 from peftkern.patch.gated import activation_name, is_gated_mlp
 from peftkern.patch.language_model import output_without_logits, tail_of, wants_loss_alone
+from peftkern.patch.layer_plan import is_planned_layer, run_planned
 from peftkern.patch.norms import NormKind, norm_kind, normalize, runs_original
 from peftkern.patch.recompute import KEEPS, read_block, run_block
 from peftkern.patch.weights import KNOWN_TENSORS, LastMade, NotFused, base_kind, original_class
@@ -77,7 +78,8 @@ class LayerState:
     Attributes:
         name: of the layer in its model, for the log.
         backend: which every call of this layer must use; `None` lets the table of backends decide.
-        recompute: what a gated block makes again in the backward pass, as `patch` takes it.
+        recompute: what a gated block makes again in the backward pass, or the word of a decoder layer in a plan, as
+            `patch` takes them.
         shared: the group of layers that this one shares its input with; `None` where it has none.
         warned: reasons that some layer of the model has already warned about; shared by all of them.
         calls_left: how many calls ran the original forward, by reason.
@@ -185,8 +187,8 @@ def _methods(original: Any) -> dict[str, Callable[..., Any]] | None:
     rotary = rotary_kind(original)
     if rotary is not None:
         return {"forward": _attention_forward(original, rotary)}
-    if is_decoder_layer(original):
-        return {"forward": _decoder_layer_forward(original)}
+    if is_planned_layer(original):
+        return {"forward": _planned_forward(original)}
     norm = norm_kind(original)
     if norm is not None:
         return {"forward": _norm_forward(original, norm)}
@@ -320,6 +322,19 @@ def _decoder_layer_forward(original: Any) -> Callable[..., Any]:
                 if output is not None:
                     return output
         return original.forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _planned_forward(original: Any) -> Callable[..., Any]:
+    by_itself = _decoder_layer_forward(original) if is_decoder_layer(original) else original.forward
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__[STATE]
+        if state.recompute is None or not self.training or not torch.is_grad_enabled():
+            return by_itself(self, *args, **kwargs)
+        return run_planned(state.recompute, by_itself, self, args, kwargs, state.warn)
 
     return forward
 

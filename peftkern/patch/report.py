@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from peftkern.patch.layer_plan import in_words
 from peftkern.patch.table import format_table, pattern_of
 
 _INLINE = 50
@@ -51,9 +52,14 @@ class PatchReport:
     """All modules that carry a frozen or adapted linear weight, or an adapter of any kind, gated blocks, norms.
 
     The base layer inside an adapter layer has a row of its own only when the adapter layer was left.
+
+    Attributes:
+        rows: one for each.
+        layers: what each decoder layer keeps, in the words of a plan; empty without one.
     """
 
     rows: tuple[PatchRow, ...]
+    layers: tuple[str, ...] = ()
 
     @property
     def fused(self) -> tuple[PatchRow, ...]:
@@ -78,13 +84,14 @@ class PatchReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as data that `json.dumps` takes."""
         rows = [{**asdict(row), "calls_left": dict(row.calls_left)} for row in self.rows]
-        return {"counts": self.counts, "reasons": self.reasons, "rows": rows}
+        return {"counts": self.counts, "reasons": self.reasons, "layers": list(self.layers), "rows": rows}
 
     def __str__(self) -> str:
         summary = f"{len(self.fused)} modules fused, {len(self.left)} left alone"
         if not self.rows:
             return f"{summary}: the model has no linear or adapter layers"
-        return f"{_format_rows(self.rows)}\n{summary}"
+        plan = f"\n{in_words(self.layers)}" if self.layers else ""
+        return f"{_format_rows(self.rows)}\n{summary}{plan}"
 
 
 def _format_rows(rows: tuple[PatchRow, ...]) -> str:

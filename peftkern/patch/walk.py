@@ -7,7 +7,7 @@ told apart by what their class computes, never by the name or family of the mode
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,8 +16,9 @@ from torch import nn
 from peftkern.backends import registry
 from peftkern.ops.lora_mlp import RECOMPUTE
 from peftkern.patch import fused
-from peftkern.patch.examine import Finding, examine
+from peftkern.patch.examine import Finding, examine, words_of_layers
 from peftkern.patch.fused import STATE, LayerState
+from peftkern.patch.layer_plan import LayerPlan, read_plan
 from peftkern.patch.report import PatchReport
 from peftkern.patch.shared_input import SharedInput
 from peftkern.patch.weights import original_class
@@ -33,7 +34,7 @@ def patch(
     kernels: str = "auto",
     strict: bool = False,
     logits: bool = True,
-    recompute: str | None = None,
+    recompute: str | Sequence[str] | None = None,
 ) -> PatchReport:
     """Let the linear layers of ``model`` that are quantized or carry LoRA adapters run on fused kernels, in place.
 
@@ -59,7 +60,20 @@ def patch(
     which it makes again there at the price of two products. ``"up"`` makes again the half that is not gated, one
     product. The numbers are the same. A block whose layers do more than their product (hooks,
     masks, adapters other than LoRA) keeps what it kept, and the report says why. What was asked for holds until
-    `unpatch`.
+    `unpatch`, or until another value is given.
+
+    A sequence is a plan with a word for each decoder layer, in their order, as ``["mlp"] * 12 + ["store"] * 4``:
+
+        "store"     keeps what it needs
+        "up", "mlp" what is said above, of the gated block in this layer
+        "layer"     is made again as a whole, as by the gradient checkpointing of `transformers` (not reentrant), at the
+                    price of its forward pass
+        "offload"   what it keeps is copied to the CPU's memory, and back when it is needed; for layers on a GPU
+        "int8", "float16"  what it keeps is rounded (`peftkern.nn.saved_activations`), and gradients take the error
+
+    All but the last two leave losses and gradients as they are, bit for bit. A plan acts in training mode, and gradient
+    checkpointing of the whole model has to be off: otherwise the layers raise. Layers that are made again, offloaded or
+    rounded do without the cache of keys and values.
 
     Where a backend has a form for it, layers that a block calls with one and the same tensor (queries, keys and values;
     the two halves of a gated block) are computed as one group, and the report says so. A block that does not ask for
@@ -75,28 +89,29 @@ def patch(
             has to be left alone.
         logits: whether language models give logits in training although they are given labels. Some trainers read them.
 
-        recompute: what gated blocks make again in the backward pass: ``"mlp"``, ``"up"``, or ``None`` for nothing that
-            was not asked for before.
+        recompute: what gated blocks make again in the backward pass: ``"mlp"``, ``"up"``; a plan with a word for each
+            decoder layer; or ``None`` for nothing that was not asked for before.
 
     Returns:
         A report with one row per module; ``str(report)`` groups the layers of a model.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: ``kernels`` names no backend, or ``recompute`` is unknown.
+        TypeError: ``model`` is no module, or ``recompute`` neither text nor a sequence.
+        ValueError: ``kernels`` names no backend, or ``recompute`` is unknown, has not a word for each layer, or asks a
+            layer for what it cannot do. The model is unchanged.
         PatchError: with ``strict``, a module could not be taken; or ``kernels`` cannot run one. The model is unchanged.
     """
     _check_model("patch", model)
     if kernels != "auto" and kernels not in registry.PREFERENCE:
         raise ValueError(f"patch: kernels must be 'auto' or one of {list(registry.PREFERENCE)}, got {kernels!r}")
-    if recompute is not None and recompute not in RECOMPUTE:
-        raise ValueError(f"patch: recompute must be one of {', '.join(RECOMPUTE)} or None, got {recompute!r}")
+    wanted = _checked_recompute(model, recompute)
     backend = None if kernels == "auto" else kernels
     try:
-        findings = examine(model, backend, logits, recompute)
+        findings = examine(model, backend, logits, wanted)
     except registry.BackendError as error:
         raise PatchError(f"patch: kernels={kernels!r}: {error}; the model is unchanged") from error
-    report = PatchReport(tuple(finding.row for finding in findings if finding.row is not None))
+    rows = tuple(finding.row for finding in findings if finding.row is not None)
+    report = PatchReport(rows, words_of_layers(findings))
     if strict:
         _check_all_taken(report)
     _swap(findings, backend)
@@ -146,6 +161,15 @@ def originals(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, layer_class in swapped:
             fused.set_class(module, layer_class)
+
+
+def _checked_recompute(model: nn.Module, recompute: str | Sequence[str] | None) -> str | LayerPlan | None:
+    if recompute is None or recompute in RECOMPUTE:
+        return recompute
+    if isinstance(recompute, str):
+        known = ", ".join(RECOMPUTE)
+        raise ValueError(f"patch: recompute must be one of {known}, a word for each layer, or None; got {recompute!r}")
+    return read_plan(model, recompute)
 
 
 def _check_model(function: str, model: nn.Module) -> None:

@@ -261,7 +261,9 @@ def test_a_model_without_gated_blocks_has_none() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match=r"recompute must be one of mlp, up or None, got 'all'"):
+    with pytest.raises(
+        ValueError, match=r"recompute must be one of mlp, up, a word for each layer, or None; got 'all'"
+    ):
         patch(adapted(), recompute="all")
     with pytest.raises(PatchError):
         patch(adapted(), recompute="mlp", kernels="triton")
