@@ -16,7 +16,7 @@ from torch import Tensor
 from peftkern.backends import registry
 from peftkern.backends.triton.launch import is_ours
 from peftkern.ops.dequantize import row_blocks
-from peftkern.ops.linear_cross_entropy import Needs, Result, Terms
+from peftkern.ops.linear_cross_entropy import LowRank, Needs, Result, Terms
 from peftkern.ops.lora_linear import Weight, compute_dtype
 
 _BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
@@ -65,6 +65,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None,
     terms: Terms,
     needs: Needs,
+    low_rank: LowRank | None = None,
 ) -> Result:
     """See :func:`peftkern.ops.linear_cross_entropy.linear_cross_entropy_reference`."""
     dtype, (vocabulary, features) = compute_dtype(hidden), weight.shape
@@ -72,14 +73,16 @@ def linear_cross_entropy(
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     grad_weight = hidden.new_zeros(vocabulary, features, dtype=dtype) if needs.weight else None
     grad_bias = hidden.new_zeros(vocabulary, dtype=dtype) if needs.bias else None
-    head = _Head(weight, bias, terms, hidden.dtype)
+    grad_inner = torch.zeros_like(low_rank.inner) if low_rank is not None and needs.inner else None
+    grad_lora_B = torch.zeros_like(low_rank.lora_B) if low_rank is not None and needs.lora_B else None
+    head = _Head(weight, bias, terms, hidden.dtype, None if low_rank is None else low_rank.lora_B)
     buffer: Tensor | None = None
     for tokens in _chunks(labels, vocabulary, terms.ignore_index):
         if buffer is None:
             buffer = hidden.new_empty(len(tokens), vocabulary, dtype=dtype)
-        rows = hidden[tokens]
+        rows, inner = hidden[tokens], None if low_rank is None else low_rank.inner[tokens]
         factor = None if token_weights is None else token_weights[tokens].to(dtype)
-        chunk_losses, error = head.losses(rows, labels[tokens], buffer[: len(tokens)], any(needs))
+        chunk_losses, error = head.losses(rows, inner, labels[tokens], buffer[: len(tokens)], any(needs))
         losses[tokens] = chunk_losses if factor is None else chunk_losses * factor
         if grad_hidden is not None:
             grad = head.back_to_hidden(error)
@@ -88,8 +91,14 @@ def linear_cross_entropy(
             head.add_weight_gradient(grad_weight, error, rows if factor is None else rows * factor[:, None])
         if grad_bias is not None:
             grad_bias += error.sum(0) if factor is None else factor @ error
+        if low_rank is not None and grad_inner is not None:
+            grad = error @ low_rank.lora_B
+            grad_inner[tokens] = grad if factor is None else grad * factor[:, None]
+        if inner is not None and grad_lora_B is not None:
+            grad_lora_B.addmm_(error.t(), inner if factor is None else inner * factor[:, None])
     del buffer
-    return Result(losses, grad_hidden, _as(grad_weight, hidden.dtype), _as(grad_bias, hidden.dtype))
+    parameters = _as(grad_weight, hidden.dtype), _as(grad_bias, hidden.dtype)
+    return Result(losses, grad_hidden, *parameters, grad_inner, grad_lora_B)
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -115,10 +124,12 @@ class _Block(NamedTuple):
 
 
 class _Head:
-    """The weight, its bias and what is done to the scores."""
+    """The weight, its low-rank part, its bias and what is done to the scores."""
 
-    def __init__(self, weight: Weight, bias: Tensor | None, terms: Terms, dtype: torch.dtype) -> None:
-        self._weight, self._bias, self._terms = weight, bias, terms
+    def __init__(
+        self, weight: Weight, bias: Tensor | None, terms: Terms, dtype: torch.dtype, lora_B: Tensor | None
+    ) -> None:
+        self._weight, self._bias, self._terms, self._lora_B = weight, bias, terms, lora_B
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         # PyTorch multiplies float16 on the CPU element by element
         is_slow = dtype == torch.float16 and weight.device.type == "cpu"
@@ -132,10 +143,12 @@ class _Head:
             yield _Block(first, first + len(rows), rows.to(self._operand_dtype))
             first += len(rows)
 
-    def losses(self, rows: Tensor, labels: Tensor, buffer: Tensor, need_error: bool) -> tuple[Tensor, Tensor]:
-        """ℓ of a chunk, and e where it is needed, which is in ``buffer``. rows is [chunk, hidden]."""
+    def losses(
+        self, rows: Tensor, inner: Tensor | None, labels: Tensor, buffer: Tensor, need_error: bool
+    ) -> tuple[Tensor, Tensor]:
+        """ℓ of a chunk, and e where it is needed, which is in ``buffer``. rows is [chunk, hidden], inner [chunk, r]."""
         terms, target = self._terms, labels[:, None]
-        slope = self._scores(rows, buffer)
+        slope = self._scores(rows, inner, buffer)
         spread = terms.label_smoothing / buffer.shape[1]
         aimed = buffer.gather(1, target) * (1.0 - terms.label_smoothing)
         if spread:
@@ -153,7 +166,7 @@ class _Head:
                 buffer.mul_(slope)
         return losses.squeeze(1), buffer
 
-    def _scores(self, rows: Tensor, buffer: Tensor) -> Tensor | None:
+    def _scores(self, rows: Tensor, inner: Tensor | None, buffer: Tensor) -> Tensor | None:
         """Fill ``buffer`` with z, and give the derivative of the soft-capping."""
         rows = rows.to(self._operand_dtype)
         for block in self._blocks():
@@ -162,6 +175,8 @@ class _Head:
                 torch.mm(rows, block.weight.t(), out=part)
             else:
                 part.copy_(rows @ block.weight.t())
+        if inner is not None and self._lora_B is not None:
+            buffer.addmm_(inner, self._lora_B.t())
         if self._bias is not None:
             buffer += self._bias
         if self._terms.softcap is None:

@@ -25,6 +25,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from peftkern.ops.linear_cross_entropy import label_logprobs
+from peftkern.patch.head import Head
 from peftkern.patch.language_model import Tail, check_head, tail_of
 from peftkern.patch.weights import NotFused, original_class
 
@@ -57,30 +58,35 @@ def token_logprobs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         [rows, tokens - 1] float32: at t the label of token t + 1; 0 where there is no label.
 
     Raises:
-        ValueError: the model is none that is known, or its head is more than a linear layer.
+        ValueError: the model is none that is known, or its head is more than a linear layer with LoRA.
     """
     language_model, tail = _language_model(model)
     hidden = _hidden_states(model, language_model.get_submodule(tail.base), batch)[:, :-1]
-    head = language_model.lm_head
+    head = _head(language_model)  # behind the call, which unmerges adapters that are disabled
     softcap = language_model.config.final_logit_softcapping if tail.softcap else None
     labels = batch["labels"][:, 1:].to(hidden.device)
-    return label_logprobs(hidden.to(head.weight.dtype), head.weight, labels, head.bias, softcap=softcap).float()
+    if isinstance(head.weight, Tensor):
+        hidden = hidden.to(head.weight.dtype)
+    low_rank = head.low_rank(hidden)
+    return label_logprobs(hidden, head.weight, labels, head.bias, softcap=softcap, low_rank=low_rank).float()
 
 
 def _language_model(model: nn.Module) -> tuple[Any, Tail]:
     for module in model.modules():
         tail = tail_of(original_class(type(module)))
-        if tail is None:
-            continue
-        try:
-            check_head(module)
-        except NotFused as refusal:
-            raise ValueError(f"token_logprobs: {type(module).__name__} needs its logits: {refusal}") from refusal
-        return module, tail
+        if tail is not None:
+            return module, tail
     raise ValueError(
         f"token_logprobs: {type(model).__name__} holds no causal language model that is known here; "
         "peftkern.patch.language_model.LANGUAGE_MODELS lists them"
     )
+
+
+def _head(model: Any) -> Head:
+    try:
+        return check_head(model)
+    except NotFused as refusal:
+        raise ValueError(f"token_logprobs: {type(model).__name__} needs its logits: {refusal}") from refusal
 
 
 def _hidden_states(model: Any, base: nn.Module, batch: Mapping[str, Any]) -> Tensor:

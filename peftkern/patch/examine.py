@@ -282,7 +282,7 @@ def _plain_finding(name: str, module: nn.Linear, setting: _Setting) -> Finding:
 
 def _language_model_finding(name: str, model: Any, setting: _Setting) -> Finding:
     try:
-        weight = check_model(model)
+        weight = check_model(model).weight
     except NotFused as refusal:
         return Finding(name, model, _left(name, model, str(refusal)))
     hidden = torch.empty(0, weight.shape[1], dtype=setting.dtype, device=weight.device)

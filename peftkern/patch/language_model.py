@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn.quantized_linear import QuantizedLinear
 from peftkern.ops.linear_cross_entropy import linear_cross_entropy
-from peftkern.ops.lora_linear import Weight
-from peftkern.patch.arguments import has_global_hooks, has_own_forward, is_hooked
-from peftkern.patch.weights import KNOWN_TENSORS, NotFused, original_class
+from peftkern.patch.arguments import has_own_forward
+from peftkern.patch.head import Head, read_head
+from peftkern.patch.weights import NotFused, original_class
 
 
 @dataclass(frozen=True)
@@ -108,33 +107,19 @@ def tail_of(model_class: type) -> Tail | None:
     return tail if getattr(known, "forward", None) is forward else None
 
 
-def check_head(model: Any) -> Weight:
-    """The weight of the head of ``model``, [vocabulary, hidden].
+def check_head(model: Any) -> Head:
+    """The head of ``model``.
 
     Raises:
-        NotFused: the loss is more than the cross-entropy of a dense or quantized linear layer.
+        NotFused: the loss is more than the cross-entropy of a linear layer, with LoRA over it or without.
     """
-    head = model.lm_head
-    weight = _head_weight(head)
-    if is_hooked(head) or has_global_hooks():
-        raise NotFused("its head has hooks, which the loss would skip")
-    if head.out_features != model.config.vocab_size:
-        raise NotFused(f"its head has {head.out_features} rows for a vocabulary of {model.config.vocab_size}")
+    head = read_head(model)
+    if head.weight.shape[0] != model.config.vocab_size:
+        raise NotFused(f"its head has {head.weight.shape[0]} rows for a vocabulary of {model.config.vocab_size}")
     losses: Any = sys.modules.get("transformers.loss.loss_utils")
     if losses is None or model.loss_function is not losses.ForCausalLMLoss:
         raise NotFused("its loss_function is not transformers' ForCausalLMLoss")
-    return weight
-
-
-def _head_weight(head: Any) -> Weight:
-    head_class = original_class(type(head))
-    if head_class is QuantizedLinear:
-        return head.quantized  # type: ignore[no-any-return]
-    if head_class is not nn.Linear:
-        raise NotFused(f"its head is a {head_class.__qualname__}, not a plain linear layer")
-    if type(head.weight) not in KNOWN_TENSORS:
-        raise NotFused(f"the weight of its head is a {type(head.weight).__name__}")
-    return head.weight  # type: ignore[no-any-return]
+    return head
 
 
 @functools.cache
@@ -162,7 +147,7 @@ def output_without_logits(original: Any, model: Any, arguments: dict[str, Any], 
     """
     tail = tail_of(original)
     assert tail is not None
-    weight = check_head(model)
+    head = check_head(model)
     if "past_key_values" in arguments:
         raise NotFused("called with past_key_values")
     returns_tuple = arguments.get("return_dict") is False
@@ -170,7 +155,7 @@ def output_without_logits(original: Any, model: Any, arguments: dict[str, Any], 
         raise NotFused("it is to return a tuple")
     inputs = {name: value for name, value in arguments.items() if name not in _OF_THE_HEAD}
     outputs = model.get_submodule(tail.base)(**inputs)
-    loss = _loss(model, tail, outputs.last_hidden_state, weight, arguments, backend)
+    loss = _loss(model, tail, outputs.last_hidden_state, head, arguments, backend)
     output_class = getattr(sys.modules["transformers.modeling_outputs"], tail.output)
     names = ("cache", "hidden_states", "attentions", "cross_attentions")
     others = {name: getattr(outputs, name, None) for name in names if name in output_class.__dataclass_fields__}
@@ -178,7 +163,7 @@ def output_without_logits(original: Any, model: Any, arguments: dict[str, Any], 
 
 
 def _loss(
-    model: Any, tail: Tail, hidden: Tensor, weight: Weight, arguments: Mapping[str, Any], backend: str | None
+    model: Any, tail: Tail, hidden: Tensor, head: Head, arguments: Mapping[str, Any], backend: str | None
 ) -> Tensor:
     """As `ForCausalLMLoss` of transformers: its arguments, and what they do, are the same."""
     ignore_index = arguments.get("ignore_index", -100)
@@ -186,14 +171,16 @@ def _loss(
     if labels is None:
         labels = nn.functional.pad(arguments["labels"], (0, 1), value=ignore_index)[..., 1:]
     items = arguments.get("num_items_in_batch")
+    hidden = hidden.flatten(0, -2)
     loss = linear_cross_entropy(
-        hidden.flatten(0, -2),
-        weight,
+        hidden,
+        head.weight,
         labels.reshape(-1).to(hidden.device),
-        model.lm_head.bias,
+        head.bias,
         ignore_index=ignore_index,
         reduction="mean" if items is None else "sum",
         softcap=model.config.final_logit_softcapping if tail.softcap else None,
+        low_rank=head.low_rank(hidden),
         backend=backend,
     ).float()
     if items is None:
@@ -201,8 +188,8 @@ def _loss(
     return loss / (items.to(loss.device) if isinstance(items, Tensor) else items)
 
 
-def check_model(model: Any) -> Weight:
-    """The weight of its head, or `NotFused` with why the loss of ``model`` cannot be computed without logits."""
+def check_model(model: Any) -> Head:
+    """Its head, or `NotFused` with why the loss of ``model`` cannot be computed without logits."""
     if tail_of(original_class(type(model))) is None:
         raise NotFused("its loss is computed from logits: no forward that is known here")
     if has_own_forward(model):

@@ -194,11 +194,16 @@ def _adds_nothing(module: Any) -> bool:
 
 
 def _is_checked(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    # the output of a language model in training is its loss, which has a row of its own; attention and the layers
-    # around it may add to a cache in every call
+    # the output of a language model in training is its loss, which has a row of its own and takes in its head;
+    # attention and the layers around it may add to a cache in every call
     original = original_class(type(modules[name]))
     runs_once = is_language_model(original) or is_decoder_layer(original) or rotary_kind(original) is not None
-    return not runs_once and not _is_base_of_another(name, modules)
+    return not runs_once and not _is_base_of_another(name, modules) and not _is_head(name, modules)
+
+
+def _is_head(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    owner, _, own = name.rpartition(".")
+    return own == "lm_head" and owner in modules and is_language_model(original_class(type(modules[owner])))
 
 
 def _is_base_of_another(name: str, modules: Mapping[str, nn.Module]) -> bool:

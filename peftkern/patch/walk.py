@@ -51,10 +51,11 @@ def patch(
     fused product does not cover (aLoRA and other variants, `adapter_names`, hooks on inner layers) runs the code that
     it ran before, and is named in the report or, when it depends on the call, logged and counted in the next report.
 
-    With ``logits=False``, causal language models of `transformers` that compute their loss from the logits of a dense
+    With ``logits=False``, causal language models of `transformers` that compute their loss from the logits of a linear
     head and nothing else do so without them in training, when they are given labels: tokens without a label cost
-    nothing, and ``logits`` of the output is ``None``. Without labels, in evaluation mode, with ``logits_to_keep`` or
-    under ``torch.compile`` their own forward runs. A head with adapters keeps the logits, and the report says so.
+    nothing, and ``logits`` of the output is ``None``. The head is dense or quantized, frozen, trained or under LoRA.
+    Without labels, in evaluation mode, with ``logits_to_keep`` or under ``torch.compile`` their own forward runs. A
+    head with adapters of another kind keeps the logits, and the report says so.
 
     With ``recompute="mlp"``, a gated block keeps its input for the backward pass and none of the wider tensors inside,
     which it makes again there at the price of two products. ``"up"`` makes again the half that is not gated, one

@@ -334,9 +334,15 @@ def _silu_mul_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
 
 def _linear_cross_entropy(arguments: Mapping[str, Any], _out: Any) -> Parts:
     """The scores, and a product for each gradient that is made of them right away."""
-    product = _product(labelled_tokens(arguments["labels"], arguments["ignore_index"]), arguments)
-    wanted = [(index,) for index, name in ((1, "need_hidden"), (2, "need_weight")) if arguments[name]]
-    return [Part(product), *(Part(product, outputs, of_gradients=True) for outputs in wanted)]
+    tokens = labelled_tokens(arguments["labels"], arguments["ignore_index"])
+    product, lora_B = _product(tokens, arguments), arguments["lora_B"]
+    low_rank = 0.0 if lora_B is None else 2.0 * tokens * lora_B.numel()
+    gradients = {"hidden": product, "weight": product, "bias": 0.0, "inner": low_rank, "lora_B": low_rank}
+    return [Part(product + low_rank)] + [
+        Part(flops, (index,), of_gradients=True)
+        for index, (name, flops) in enumerate(gradients.items(), 1)
+        if flops and arguments[f"need_{name}"]
+    ]
 
 
 def _norm(arguments: Mapping[str, Any], out: Any) -> Parts:

@@ -61,6 +61,57 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "LoRA": {"target_modules": ["lm_head", "q_proj"]},
+    "quantized": {},
+    "quantized, LoRA": {"target_modules": ["lm_head", "q_proj"]},
+    "trained in full": {"modules_to_save": ["lm_head"]},
+}
+
+
+def with_head(head: str, patched: bool = True) -> Any:
+    base = FAMILIES["llama"].build("nf4")
+    if "quantized" in head:
+        base.lm_head = peftkern.QuantizedLinear.from_linear(base.lm_head, "int8")
+    settings: dict[str, Any] = {"target_modules": "all-linear", "init_lora_weights": False, **HEADS[head]}
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, **settings))
+    if patched:
+        peftkern.patch(model, logits=False)
+    return model
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_every_kind(head: str) -> None:
+    model, other, batch = with_head(head), with_head(head, patched=False), pairs()
+    for each in (model, other):
+        found, expected = peftkern.token_logprobs(each, batch), logprobs_of_logits(each, batch)
+        assert (found - expected).norm() <= EXACT * expected.norm()
+        assert_same_gradients(gradients(each, found.sum()), gradients(each, expected.sum()))
+
+
+@pytest.mark.parametrize("head", ["LoRA", "quantized, LoRA", "trained in full"])
+def test_the_reference_has_the_head_of_the_base_alone(head: str) -> None:
+    model, batch = with_head(head), pairs()
+    with torch.no_grad(), model.disable_adapter():
+        reference = logprobs_of_logits(model, batch).sum(1)
+    own, given = peftkern.dpo_loss(model, batch), peftkern.dpo_loss(model, batch, reference_logprobs=reference)
+    assert own.loss.item() == pytest.approx(given.loss.item(), rel=EXACT)
+    if "LoRA" in head:
+        assert (peftkern.token_logprobs(model, batch).sum(1) - reference).norm() > 1e-3
+
+
+def test_merged_adapters_of_a_head_are_not_in_the_reference() -> None:
+    model, batch = with_head("LoRA"), pairs()
+    expected = peftkern.dpo_loss(model, batch).loss
+    model.merge_adapter()
+    with torch.no_grad(), model.disable_adapter():
+        reference = peftkern.token_logprobs(model, batch).sum(1)
+    assert peftkern.dpo_loss(model, batch, reference_logprobs=reference).loss.item() == pytest.approx(
+        expected.item(), rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "opt"])
 def test_logprobs_are_those_of_the_logits(name: str) -> None:
     model, batch = qlora(name), pairs()
@@ -144,8 +195,8 @@ def test_what_cannot_be_done_is_named() -> None:
         peftkern.dpo_loss(FAMILIES["llama"].build("dense"), batch)
     with pytest.raises(ValueError, match="no causal language model that is known"):
         peftkern.token_logprobs(FAMILIES["bloom"].build("dense"), batch)
-    with pytest.raises(ValueError, match=r"needs its logits: its head is a Linear"):
-        peftkern.token_logprobs(qlora(target_modules=["lm_head"]), batch)
+    with pytest.raises(ValueError, match=r"needs its logits: its head: adapter 'default' is DoRA's"):
+        peftkern.token_logprobs(qlora(target_modules=["lm_head"], use_dora=True), batch)
     batch["labels"][2] = -100
     with pytest.raises(ValueError, match=r"rows \[2\] have none"):
         peftkern.orpo_loss(model, batch)

@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import peftkern.select.flops  # noqa: F401  enters the operator's formula in PyTorch's table
 from peftkern.backends import chunked_loss
 from peftkern.formats import QuantizedTensor
 from peftkern.ops import dequantize, label_logprobs, linear_cross_entropy, quantize
-from peftkern.ops.linear_cross_entropy import Needs, Terms
+from peftkern.ops.linear_cross_entropy import LowRank, Needs, Terms
 from peftkern.ops.lora_linear import flatten_weight
+from peftkern.select.flops import FlopCounter  # enters the operator's formula in PyTorch's table as well
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 """Relative error ‖out - ref‖ / ‖ref‖ against float64."""
@@ -59,18 +59,20 @@ class Problem:
     bias: Tensor
     labels: Tensor
     token_weights: Tensor
+    low_rank: tuple[Tensor, Tensor] | None = None
 
     @property
     def trained(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in (self.hidden, self.weight, self.bias) if tensor.requires_grad)
+        operands = (self.hidden, self.weight, self.bias, *(self.low_rank or ()))
+        return tuple(tensor for tensor in operands if tensor.requires_grad)
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, self.trained))
 
     def double(self) -> Problem:
-        operands = (self.hidden, self.weight, self.bias)
-        h, w, b = (tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in operands)
-        return Problem(h, w, b, self.labels, self.token_weights.double())
+        operands = (self.hidden, self.weight, self.bias, *(self.low_rank or ()))
+        h, w, b, *rest = (tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in operands)
+        return Problem(h, w, b, self.labels, self.token_weights.double(), (rest[0], rest[1]) if rest else None)
 
 
 def problem(
@@ -80,6 +82,7 @@ def problem(
     dtype: torch.dtype = torch.float32,
     ignored: float = 0.5,
     frozen_head: bool = False,
+    rank: int = 0,
 ) -> Problem:
     """Random, at least one token with a label; what ignored tokens hold is not a number."""
     generator = torch.Generator().manual_seed(tokens + vocabulary)
@@ -93,14 +96,17 @@ def problem(
     weights = torch.rand(tokens, generator=generator)
     for head in (w, b):
         head.requires_grad_(not frozen_head)
-    return Problem(h.requires_grad_(), w, b, labels, weights)
+    low_rank = None
+    if rank:
+        shapes = ((tokens, rank), (vocabulary, rank))
+        u, lora_B = (torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes)
+        low_rank = u, lora_B
+    return Problem(h.requires_grad_(), w, b, labels, weights, low_rank)
 
 
 def ours(p: Problem, reduction: Any = "mean", weighted: bool = False, **options: Any) -> Tensor:
-    weights = p.token_weights if weighted else None
-    return linear_cross_entropy(
-        p.hidden, p.weight, p.labels, p.bias, reduction=reduction, token_weights=weights, **options
-    )
+    options |= {"token_weights": p.token_weights if weighted else None, "low_rank": p.low_rank}
+    return linear_cross_entropy(p.hidden, p.weight, p.labels, p.bias, reduction=reduction, **options)
 
 
 def theirs(
@@ -113,6 +119,8 @@ def theirs(
 ) -> Tensor:
     """By PyTorch's own operators, in the dtype of the problem."""
     scores = p.hidden @ p.weight.t() + p.bias
+    if p.low_rank is not None:
+        scores = scores + p.low_rank[0] @ p.low_rank[1].t()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     losses = cross_entropy(scores, p.labels, reduction="none", label_smoothing=label_smoothing)
@@ -145,25 +153,27 @@ def assert_agrees(p: Problem, backend: str | None = None, **options: Any) -> Non
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.usefixtures("tiny_chunks")
 def test_agrees_with_float64(backend: str, dtype: torch.dtype, reduction: str) -> None:
-    for frozen_head in (False, True):
+    for frozen_head, rank in ((False, 0), (True, 0), (True, 3), (False, 2)):
         for options in OPTIONS:
-            assert_agrees(problem(dtype=dtype, frozen_head=frozen_head), backend, reduction=reduction, **options)
+            p = problem(dtype=dtype, frozen_head=frozen_head, rank=rank)
+            assert_agrees(p, backend, reduction=reduction, **options)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_odd_and_tiny_shapes(dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    assert_agrees(problem(*size, dtype=dtype), weighted=True)
+    for rank in (0, 1):
+        assert_agrees(problem(*size, dtype=dtype, rank=rank), weighted=True)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.usefixtures("tiny_chunks")
 def test_gradients_are_derivatives(reduction: str, options: dict[str, Any]) -> None:
-    p = problem(9, 3, 7, torch.float64)
+    p = problem(9, 3, 7, torch.float64, rank=2)
 
-    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ours(Problem(hidden, weight, bias, p.labels, p.token_weights), reduction, **options)
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor, *low_rank: Tensor) -> Tensor:
+        return ours(Problem(hidden, weight, bias, p.labels, p.token_weights, low_rank), reduction, **options)  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(loss, p.trained)
 
@@ -181,11 +191,14 @@ def test_by_hand() -> None:
 
 
 def test_what_ignored_tokens_hold_does_not_matter() -> None:
-    p = problem()
+    p = problem(rank=3)
+    assert p.low_rank is not None
     for backend in ("cpu", "reference"):
-        poisoned = p.hidden.detach().clone()
-        poisoned[p.labels == -100] = float("nan")
-        other = Problem(poisoned.requires_grad_(), p.weight, p.bias, p.labels, p.token_weights)
+        poisoned, inner = p.hidden.detach().clone(), p.low_rank[0].detach().clone()
+        for tensor in (poisoned, inner):
+            tensor[p.labels == -100] = float("nan")
+            tensor.requires_grad_()
+        other = Problem(poisoned, p.weight, p.bias, p.labels, p.token_weights, (inner, p.low_rank[1]))
         for reduction in ("mean", "none"):
             clean, dirty = (ours(each, reduction, backend=backend) for each in (p, other))
             torch.testing.assert_close(dirty, clean)
@@ -285,6 +298,26 @@ def test_of_a_quantized_head_one_block_is_decoded_at_a_time(monkeypatch: pytest.
     assert rows and max(rows) <= 16
 
 
+def test_a_low_rank_part_is_summed_in_float32() -> None:
+    p, wide = problem(dtype=torch.bfloat16, rank=3, frozen_head=True), problem(rank=3)
+    p.low_rank = wide.low_rank
+    expected = theirs(p.double())
+    loss = ours(p)
+    assert relative_error(loss, expected) <= TOLERANCE[torch.bfloat16]
+    of_hidden, *of_low_rank = p.gradients(loss)
+    assert of_hidden.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in of_low_rank)
+
+
+def test_a_low_rank_part_over_a_quantized_head() -> None:
+    p = problem(hidden=64, rank=3)
+    head = quantized_head("nf4 double", p)
+    results = []
+    for weight in (head, dequantize(head, torch.float32)):
+        loss = linear_cross_entropy(p.hidden, weight, p.labels, p.bias, low_rank=p.low_rank)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (p.hidden, p.bias, *(p.low_rank or ())))])
+    assert all(error(ours_, expected) <= 1e-6 for ours_, expected in zip(*results, strict=True))
+
+
 def test_autocast_multiplies_in_its_dtype() -> None:
     p = problem()
     with torch.autocast("cpu", torch.bfloat16):
@@ -313,10 +346,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.usefixtures("tiny_chunks")
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_made() -> None:
-    p = problem(64, 3, 500, ignored=0.0)
+    p = problem(64, 3, 500, ignored=0.0, rank=2)
+    assert p.low_rank is not None
     operands = (p.hidden.detach(), p.weight.detach(), None, p.labels, None)
+    low_rank = LowRank(*(tensor.detach() for tensor in p.low_rank))
     with Watch() as watch:
-        chunked_loss.linear_cross_entropy(*operands, Terms(softcap=2.0, label_smoothing=0.1), Needs(True, True, True))
+        terms = Terms(softcap=2.0, label_smoothing=0.1)
+        chunked_loss.linear_cross_entropy(*operands, terms, Needs(True, True, True, True, True), low_rank)
     by_vocabulary = [size[0] for size in watch.sizes if size[1:] == (500,)]
     assert by_vocabulary and max(by_vocabulary) <= 4
 
@@ -366,6 +402,15 @@ def test_products() -> None:
         assert products(problem(ignored=0.0)) == 1.0
 
 
+def test_the_low_rank_part_costs_its_rank_in_columns() -> None:
+    for frozen_head, passes in ((False, 3.0), (True, 2.0)):
+        p = problem(ignored=0.0, frozen_head=frozen_head, rank=3)
+        assert products(p) == passes + 3 * 3 / 24
+        with FlopCounter() as counter:
+            p.gradients(ours(p))
+        assert counter.total == pytest.approx(products(p) * 2 * p.hidden.shape[0] * p.weight.numel(), rel=0.02)
+
+
 def test_three_quarters_ignored_are_a_quarter_of_the_products() -> None:
     p = problem(64, ignored=0.0)
     p.labels[16:] = -100
@@ -373,11 +418,23 @@ def test_three_quarters_ignored_are_a_quarter_of_the_products() -> None:
 
 
 def test_fake_tensors_and_the_operator() -> None:
-    p = problem()
+    p = problem(rank=3)
+    assert p.low_rank is not None
     expected = [ours(p), *p.gradients(ours(p))]
     torch.library.opcheck(
         torch.ops.peftkern.linear_cross_entropy.default,
-        (p.hidden, *flatten_weight(p.weight), p.bias, p.labels, None, *Terms(), True, True, True, True, None),
+        (
+            p.hidden,
+            *flatten_weight(p.weight),
+            p.bias,
+            p.labels,
+            None,
+            *p.low_rank,
+            *Terms(),
+            *Needs(*[True] * 5),
+            True,
+            None,
+        ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -390,7 +447,7 @@ def test_fake_tensors_and_the_operator() -> None:
 
 
 def test_the_operators_way_of_losses_by_token() -> None:
-    p = problem()
+    p = problem(rank=3)
     above = torch.linspace(-1, 1, 37)
     expected = p.gradients((ours(p, "none", weighted=True) * above).sum())
     with Watch():
@@ -431,6 +488,14 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         ({"z_loss": -1.0}, ValueError, "z_loss"),
         ({"softcap": 0.0}, ValueError, "softcap"),
         ({"token_weights": torch.ones(3)}, ValueError, "token_weights must be"),
+        ({"low_rank": torch.ones(2, 2)}, TypeError, "a pair of tensors or None, got Tensor"),
+        ({"low_rank": (torch.ones(2, 2), [1.0])}, TypeError, r"low_rank\[1\] must be a tensor"),
+        (
+            {"low_rank": (torch.ones(2, 2), torch.ones(5, 3))},
+            ValueError,
+            r"\[2, 'r'\] and \[5, 'r'\], got \[2, 2\] and",
+        ),
+        ({"low_rank": (torch.ones(2, 3), torch.ones(4, 3))}, ValueError, r"and \[5, 'r'\], got \[2, 3\] and \[4, 3\]"),
         ({"token_weights": torch.ones(2, requires_grad=True)}, ValueError, "get no gradient"),
     ],
 )

@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 from model_families import FAMILIES
-from patch_models import DEEP, OTHERS, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
+from patch_models import ALORA, DEEP, OTHERS, TOLERANCE, VOCABULARY, error, gpt2, llama, llama_config, lora, text
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.models.llama import modeling_llama
@@ -128,25 +129,41 @@ def gpt_neox() -> Any:
     return FAMILIES["gpt_neox"].build("dense")
 
 
+def quantized_head(double: bool) -> Any:
+    base = llama("nf4")
+    base.lm_head = QuantizedLinear.from_linear(base.lm_head, "nf4" if double else "int8", double_quant=double)
+    return base
+
+
+def two_adapters(**options: Any) -> Any:
+    model = lora(llama(), target_modules=["lm_head", "down_proj"], **options)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, **options))
+    model.base_model.set_adapter(["default", "other"])
+    return model
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "llama tied": lambda: llama(tied=True),
     "llama under LoRA": lambda: lora(llama("bnb-nf4")),
-    "llama with an nf4 head": lambda: quantized_head(double=True),
-    "llama with an int8 head": lambda: quantized_head(double=False),
+    "llama with an nf4 head": lambda: lora(quantized_head(double=True)),
+    "llama with an int8 head": lambda: lora(quantized_head(double=False)),
+    "llama with LoRA on its head": lambda: lora(llama(), target_modules=["q_proj", "lm_head"]),
+    "llama tied, with LoRA on its head": lambda: lora(llama(tied=True), target_modules=["lm_head"]),
+    "llama tied, with tied LoRA": lambda: lora(llama(tied=True), target_modules=["lm_head"], ensure_weight_tying=True),
+    "llama with LoRA on an nf4 head": lambda: lora(quantized_head(double=True), target_modules=["v_proj", "lm_head"]),
+    "llama with two adapters on its head": two_adapters,
+    "llama with a head trained in full": lambda: lora(llama(), modules_to_save=["lm_head"]),
     "gpt2": lambda: gpt2().train(),
+    "gpt2 with LoRA on its head": lambda: lora(gpt2().train(), target_modules=["c_attn", "lm_head"], lora_dropout=0.0),
+    "gemma2 with LoRA on its head": lambda: lora(FAMILIES["gemma2"].build("dense"), target_modules=["lm_head"]),
+    "gpt_neox with LoRA on its head": lambda: lora(gpt_neox(), target_modules=["lm_head"], use_rslora=True),
+    "qwen2 with LoRA on its head": lambda: lora(FAMILIES["qwen2"].build("dense"), target_modules=".*_proj|lm_head"),
     "gemma2": lambda: FAMILIES["gemma2"].build("dense"),
     "opt": lambda: FAMILIES["opt"].build("dense"),
     "gpt_neox": gpt_neox,
     "qwen2": lambda: FAMILIES["qwen2"].build("dense"),
 }
-
-
-def quantized_head(double: bool) -> Any:
-    model = lora(llama("nf4"))
-    base = model.base_model.model
-    base.lm_head = QuantizedLinear.from_linear(base.lm_head, "nf4" if double else "int8", double_quant=double)
-    return model
 
 
 def masked_text(seed: int = 3) -> dict[str, Tensor]:
@@ -157,7 +174,7 @@ def masked_text(seed: int = 3) -> dict[str, Tensor]:
 
 
 def train(model: nn.Module) -> list[float]:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
     for step in range(STEPS):
         loss = model(**masked_text(step)).loss
@@ -179,6 +196,69 @@ def test_training_is_the_same(name: str) -> None:
     assert losses == pytest.approx(expected, rel=1e-5)
     assert losses[-1] != losses[0]
     assert not patch(model).rows[-1].calls_left
+
+
+@pytest.mark.parametrize("name", ["disabled", "merged", "merged, then disabled", "one active", "none active"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_adapters_of_a_head_come_and_go(base: str, name: str) -> None:
+    def build() -> Any:
+        if base == "nf4":
+            return lora(quantized_head(double=True), target_modules=["lm_head"])
+        return two_adapters()
+
+    def change(model: Any) -> None:
+        if "merged" in name:
+            model.merge_adapter()
+        if "disabled" in name:
+            model.disable_adapter_layers()
+        if "active" in name:
+            model.base_model.set_adapter("default" if "one" in name else [])
+
+    model, other = build(), build()
+    report = patch(model)
+    assert report.rows[-1].action == "fused"
+    if base == "nf4" and "merged" in name:  # which only a patched model can
+        patch_all(other)
+    for each in (model, other):
+        change(each)
+        each.get_base_model().model.embed_tokens.weight.requires_grad_(True)
+    assert_same_run(model, masked_text(), run(other, masked_text()))
+    left = patch(model).rows[-1].calls_left
+    assert left == ({"the merged adapters of its head are disabled, which unmerges them": 1} if "then" in name else {})
+
+
+def test_a_copy_of_the_head_that_is_disabled_is_not_used() -> None:
+    model, expected = lora(llama(), modules_to_save=["lm_head"]), run(llama(), masked_text())[0]
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2.0)
+    patch(model)
+    trained = model(**masked_text()).loss
+    with model.disable_adapter():
+        assert error(model(**masked_text()).loss, expected) <= TOLERANCE
+    assert error(trained, expected) > 1e-3
+
+
+def test_dropout_in_front_of_a_head_is_that_of_a_linear_layer() -> None:
+    results = []
+    for logits in (True, False):
+        model = two_adapters(lora_dropout=0.4)
+        patch_all(model, logits=logits)
+        torch.manual_seed(5)
+        results.append(run(model, masked_text()))
+    (loss, gradients), (expected, others) = results
+    assert error(loss, expected) <= TOLERANCE
+    assert all(error(gradient, others[name]) <= DEEP for name, gradient in gradients.items())
+    assert error(loss, run(two_adapters(), masked_text())[0]) > 1e-3
+
+
+def test_autocast_and_half_precision_under_lora_on_the_head() -> None:
+    for autocast in (True, False):
+        model = lora(llama(dtype=torch.float32 if autocast else torch.bfloat16), target_modules=["lm_head"])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected = run(model, masked_text())
+            patch(model)
+            assert_same_run(model, masked_text(), expected, 5e-2)
+        assert not patch(model).rows[-1].calls_left
 
 
 @pytest.mark.parametrize(
@@ -330,11 +410,22 @@ def reason_of(model: nn.Module) -> str:
 
 
 def test_heads_that_are_more_than_a_linear_layer_are_named() -> None:
-    assert "its head is a Linear, not a plain" in reason_of(lora(llama(), target_modules=["q_proj", "lm_head"]))
-    assert "ModulesToSaveWrapper" in reason_of(lora(llama(), modules_to_save=["lm_head"]))
+    dora = lora(llama(), target_modules=["lm_head"], use_dora=True)
+    assert "its head: adapter 'default' is DoRA's" in reason_of(dora)
+    other = lora(llama(), target_modules=["lm_head"], **ALORA)
+    assert "its head: adapter 'default' is a ALoraLinearVariant" in reason_of(other)
+    tokens = lora(llama(tied=True), trainable_token_indices=[3, 5])
+    assert "its head is a TrainableTokensWrapper, not a plain" in reason_of(tokens)
     hooked = llama()
     hooked.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
     assert "its head has hooks" in reason_of(hooked)
+
+
+@pytest.mark.parametrize("inner", ["modules_to_save.default", "base_layer", "lora_B.default"])
+def test_hooks_within_a_head_are_named(inner: str) -> None:
+    model = lora(llama(), modules_to_save=["lm_head"]) if "save" in inner else lora(llama(), target_modules=["lm_head"])
+    model.get_submodule(f"base_model.model.lm_head.{inner}").register_forward_hook(lambda module, args, output: None)
+    assert "hooks" in reason_of(model)
 
 
 def test_other_losses_and_forwards_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
