@@ -211,6 +211,71 @@ void rotary(const std::string& isa, const std::vector<RotaryStatesTuple>& states
   cpu::run_rotary(kernels, r, threads);
 }
 
+// (data, strides); data 0: not there
+using AttentionTensorTuple = std::tuple<uintptr_t, std::array<int64_t, 3>>;
+
+cpu::AttentionTensor to_attention_tensor(const AttentionTensorTuple& t) {
+  cpu::AttentionTensor tensor;
+  tensor.data = reinterpret_cast<void*>(std::get<0>(t));
+  std::copy_n(std::get<1>(t).begin(), 3, tensor.strides);
+  return tensor;
+}
+
+// (data, boolean, dtype, strides); data 0: not there
+using AttentionMaskTuple = std::tuple<uintptr_t, bool, int, std::array<int64_t, 4>>;
+// (query, key, value, out, logsumexp, mask, dtype, sizes, scale, causal)
+using AttentionTuple =
+    std::tuple<AttentionTensorTuple, AttentionTensorTuple, AttentionTensorTuple, AttentionTensorTuple, uintptr_t,
+               AttentionMaskTuple, int, std::array<int64_t, 6>, float, bool>;
+
+cpu::Attention to_attention(const AttentionTuple& t) {
+  cpu::Attention a;
+  a.query = to_attention_tensor(std::get<0>(t));
+  a.key = to_attention_tensor(std::get<1>(t));
+  a.value = to_attention_tensor(std::get<2>(t));
+  a.out = to_attention_tensor(std::get<3>(t));
+  if (a.query.data == nullptr || a.key.data == nullptr || a.value.data == nullptr)
+    throw std::invalid_argument("attention: query, key and value must have memory on the CPU");
+  a.logsumexp = reinterpret_cast<float*>(std::get<4>(t));
+  const AttentionMaskTuple& mask = std::get<5>(t);
+  a.mask.data = pointer<void>(std::get<0>(mask));
+  a.mask.boolean = std::get<1>(mask);
+  a.mask.dtype = static_cast<DType>(std::get<2>(mask));
+  std::copy_n(std::get<3>(mask).begin(), 4, a.mask.strides);
+  a.dtype = static_cast<DType>(std::get<6>(t));
+  const std::array<int64_t, 6>& sizes = std::get<7>(t);
+  a.batch = sizes[0];
+  a.heads = sizes[1];
+  a.kv_heads = sizes[2];
+  a.queries = sizes[3];
+  a.keys = sizes[4];
+  a.head_dim = sizes[5];
+  a.scale = std::get<8>(t);
+  a.causal = std::get<9>(t);
+  return a;
+}
+
+void attention(const std::string& isa, const AttentionTuple& arguments, int threads) {
+  const cpu::Attention a = to_attention(arguments);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_attention(kernels, a, threads);
+}
+
+void attention_backward(const std::string& isa, const AttentionTuple& arguments, const AttentionTensorTuple& grad_out,
+                        const AttentionTensorTuple& grad_query, const AttentionTensorTuple& grad_key,
+                        const AttentionTensorTuple& grad_value, int threads) {
+  cpu::Attention a = to_attention(arguments);
+  a.grad_out = to_attention_tensor(grad_out);
+  if (a.grad_out.data == nullptr) throw std::invalid_argument("attention: grad must have memory on the CPU");
+  a.grad_query = to_attention_tensor(grad_query);
+  a.grad_key = to_attention_tensor(grad_key);
+  a.grad_value = to_attention_tensor(grad_value);
+  const cpu::Kernels& kernels = *cpu::find_instruction_set(isa.c_str()).kernels();
+  const py::gil_scoped_release release;
+  cpu::run_attention_backward(kernels, a, threads);
+}
+
 // (data, row_stride); data 0: not there
 using RowsTuple = std::tuple<uintptr_t, int64_t>;
 
@@ -496,6 +561,13 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("rotary", &rotary, py::arg("isa"), py::arg("states"), py::arg("cos"), py::arg("sin"), py::arg("dtype"),
              py::arg("angle_dtype"), py::arg("sizes"), py::arg("interleaved"), py::arg("inverse"), py::arg("threads"),
              "csrc/cpu/kernels.h, struct Rotary, says what is computed; sizes: batch, tokens, head_dim, rotary_dim.");
+  module.def(
+      "attention", &attention, py::arg("isa"), py::arg("arguments"), py::arg("threads"),
+      "csrc/cpu/kernels.h, struct Attention, says what is computed; sizes: batch, heads, kv_heads, queries, keys, "
+      "head_dim.");
+  module.def("attention_backward", &attention_backward, py::arg("isa"), py::arg("arguments"), py::arg("grad_out"),
+             py::arg("grad_query"), py::arg("grad_key"), py::arg("grad_value"), py::arg("threads"),
+             "csrc/cpu/kernels.h, struct Attention, says what is computed.");
   module.def("norm", &norm, py::arg("isa"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
              py::arg("y"), py::arg("total"), py::arg("mean"), py::arg("rstd"), py::arg("dtype"), py::arg("rows"),
              py::arg("features"), py::arg("eps"), py::arg("weight_offset"), py::arg("round_first"), py::arg("threads"),

@@ -162,6 +162,54 @@ struct Rotary {
   bool inverse = false;
 };
 
+// [batch, heads, tokens, head_dim]: the numbers of a head lie next to each other.
+struct AttentionTensor {
+  void* data = nullptr;
+  int64_t strides[3] = {};  // of batch, heads, tokens
+};
+
+// [batch, heads, queries, keys]: what is added to scores, or one byte each, 0 where a key is not seen.
+struct AttentionMask {
+  const void* data = nullptr;  // null: there is none
+  bool boolean = false;
+  DType dtype = DType::float32;
+  int64_t strides[4] = {};
+};
+
+// Scaled dot-product attention and its gradients; peftkern/ops/attention.py has the formulas. `heads` of queries share
+// `kv_heads` of keys and values. A gradient whose pointer is null is not wanted.
+struct Attention {
+  AttentionTensor query, key, value, out;
+  AttentionTensor grad_out, grad_query, grad_key, grad_value;
+  AttentionMask mask;
+  float* logsumexp = nullptr;  // [batch, heads, queries]
+  DType dtype = DType::float32;
+  int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0;
+  float scale = 1;
+  bool causal = false;  // a query sees the keys up to its own place
+};
+
+// The queries of all heads that share keys are rows: those of one place follow each other, so that the rows of a group
+// end at nearly the same key. The gradients of keys and values are summed over groups, in their order, in as many parts
+// as `attention_parts` says; neither may depend on the number of threads.
+constexpr int64_t kAttentionHeadDim = 256;  // the largest
+constexpr int64_t kAttentionRows = 128;     // of a group
+constexpr int64_t kAttentionTasks = 8;      // that a backward pass is cut into where there are too few heads
+
+static inline int64_t attention_rows(const Attention& a) { return a.heads / a.kv_heads * a.queries; }
+static inline int64_t attention_groups(const Attention& a) {
+  return (attention_rows(a) + kAttentionRows - 1) / kAttentionRows;
+}
+static inline int64_t attention_parts(const Attention& a) {
+  const int64_t heads = a.batch * a.kv_heads, parts = (kAttentionTasks + heads - 1) / heads;
+  const int64_t groups = attention_groups(a);
+  return parts < groups ? parts : groups;
+}
+// Floats from a token to the next in scratch memory: whole vectors, whatever their width.
+static inline int64_t attention_width(const Attention& a) { return (a.head_dim + 31) / 32 * 32; }
+// Floats of one part: what the gradients of a head's keys and values are summed in.
+static inline int64_t attention_sums(const Attention& a) { return 2 * a.keys * attention_width(a); }
+
 // Activations, or what is added to, [tokens, features]: features lie next to each other.
 struct TokenRows {
   void* data = nullptr;
@@ -296,6 +344,13 @@ struct Kernels {
   void (*silu_mul_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*silu_mul_backward_elements)(const SiluMul&, int64_t begin, int64_t end);
   void (*rotary_rows)(const Rotary&, int64_t begin, int64_t end);
+  size_t (*attention_scratch)(const Attention&, bool backward);  // bytes that each thread needs
+  // One group of one of batch * kv_heads.
+  void (*attention_group)(const Attention&, int64_t head, int64_t group, void* scratch);
+  // The groups of one part. Writes grad_query, and adds to the sums.
+  void (*attention_backward_part)(const Attention&, int64_t head, int64_t part, void* scratch, float* sums);
+  // grad_key and grad_value of a head, from the sums of all parts, which follow each other.
+  void (*attention_gradients)(const Attention&, int64_t head, const float* sums);
   void (*norm_rows)(const Norm&, int64_t begin, int64_t end);
   // Adds to the sums of these rows' gradients of weight and bias, [features] each; null where they are not wanted.
   void (*norm_backward_rows)(const NormBackward&, int64_t begin, int64_t end, float* weight_sums, float* bias_sums);

@@ -110,6 +110,40 @@ void run_rotary(const Kernels& kernels, const Rotary& r, int threads) {
                    [&](int64_t begin, int64_t end) { kernels.rotary_rows(r, begin, end); });
 }
 
+// The last groups of a head see the most keys and go first.
+void run_attention(const Kernels& kernels, const Attention& a, int threads) {
+  const int64_t heads = a.batch * a.kv_heads, groups = attention_groups(a);
+  const size_t scratch = kernels.attention_scratch(a, false);
+  parallel_for(heads * groups, threads, [&](int64_t task) {
+    kernels.attention_group(a, task % heads, groups - 1 - task / heads, thread_scratch(scratch));
+  });
+}
+
+void run_attention_backward(const Kernels& kernels, const Attention& a, int threads) {
+  const int64_t heads = a.batch * a.kv_heads, parts = attention_parts(a), sums = attention_sums(a);
+  const size_t scratch = kernels.attention_scratch(a, true), sums_bytes = static_cast<size_t>(sums) * sizeof(float);
+  if (parts == 1) {
+    parallel_for(heads, threads, [&](int64_t head) {
+      void* const memory = thread_scratch(scratch + sums_bytes);
+      float* const own = reinterpret_cast<float*>(static_cast<char*>(memory) + scratch);
+      kernels.attention_backward_part(a, head, 0, memory, own);
+      kernels.attention_gradients(a, head, own);
+    });
+    return;
+  }
+  float* const all =
+      static_cast<float*>(thread_scratch<Scratch::call>(static_cast<size_t>(heads * parts) * sums_bytes));
+  std::vector<std::atomic<int64_t>> parts_left(static_cast<size_t>(heads));
+  for (std::atomic<int64_t>& left : parts_left) left.store(parts);
+  parallel_for(heads * parts, threads, [&](int64_t task) {
+    const int64_t head = task / parts, part = task % parts;
+    kernels.attention_backward_part(a, head, part, thread_scratch(scratch), all + task * sums);
+    // the part that is done last adds up all, in their order
+    if (parts_left[static_cast<size_t>(head)].fetch_sub(1) == 1)
+      kernels.attention_gradients(a, head, all + head * parts * sums);
+  });
+}
+
 void run_norm(const Kernels& kernels, const Norm& n, int threads) {
   for_block_ranges(n.rows * n.features, n.features, threads,
                    [&](int64_t begin, int64_t end) { kernels.norm_rows(n, begin, end); });

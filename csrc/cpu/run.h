@@ -11,6 +11,8 @@ void run_dequantization(const Kernels& kernels, const Dequantization& d, int thr
 void run_silu_mul(const Kernels& kernels, const SiluMul& s, int threads);
 void run_silu_mul_backward(const Kernels& kernels, const SiluMul& s, int threads);
 void run_rotary(const Kernels& kernels, const Rotary& r, int threads);
+void run_attention(const Kernels& kernels, const Attention& a, int threads);
+void run_attention_backward(const Kernels& kernels, const Attention& a, int threads);
 void run_norm(const Kernels& kernels, const Norm& n, int threads);
 void run_norm_backward(const Kernels& kernels, const NormBackward& n, int threads);
 void run_sparse_product(const Kernels& kernels, const SparseProduct& p);  // on p.threads threads

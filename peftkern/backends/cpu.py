@@ -257,6 +257,17 @@ def values_tuple(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), _DTYPE_CODE[tensor.dtype])
 
 
+def is_adjacent(tensor: Tensor) -> bool:
+    """Whether the numbers of the last dimension lie next to each other."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+
+
+def adjacent(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy, with its last dimension's numbers next to each other."""
+    tensor = tensor.resolve_neg()
+    return tensor if is_adjacent(tensor) else tensor.contiguous()
+
+
 # ---- quantize, dequantize
 
 

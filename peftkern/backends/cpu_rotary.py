@@ -23,11 +23,11 @@ def rotary(states: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool
     if not any(x.numel() for x in states):
         return results
     # what follows may be copies, which have to live as long as the call
-    inputs = [_adjacent(x) for x in states]
+    inputs = [cpu.adjacent(x) for x in states]
     outputs = [
-        out if _is_adjacent(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in results
+        out if cpu.is_adjacent(out) else torch.empty(out.shape, dtype=out.dtype, device=out.device) for out in results
     ]
-    cos, sin = _adjacent(cos), _adjacent(sin)
+    cos, sin = cpu.adjacent(cos), cpu.adjacent(sin)
     batch, _, tokens, head_dim = states[0].shape
     cpu.native.rotary(
         cpu.chosen_isa(),
@@ -45,16 +45,6 @@ def rotary(states: Sequence[Tensor], cos: Tensor, sin: Tensor, interleaved: bool
         if out is not result:
             result.copy_(out)
     return results
-
-
-def _is_adjacent(tensor: Tensor) -> bool:
-    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    """The tensor with its last dimension's numbers next to each other."""
-    tensor = tensor.resolve_neg()
-    return tensor if _is_adjacent(tensor) else tensor.contiguous()
 
 
 def _states_tuple(x: Tensor, out: Tensor) -> tuple[Any, ...]:

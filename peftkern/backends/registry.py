@@ -37,6 +37,7 @@ _MODULES = (
     "peftkern.backends.cpu_sparse_delta",
     "peftkern.backends.cpu_norm",
     "peftkern.backends.cpu_rotary",
+    "peftkern.backends.cpu_attention",
     "peftkern.backends.cpu_optimizer",
     "peftkern.backends.cpu_select",
     "peftkern.backends.chunked_loss",

@@ -1,6 +1,7 @@
 """The operations: what each one means, its checks, and a reference in plain PyTorch."""
 
 from peftkern.ops.adamw import adamw_, adamw_8bit_, adamw_8bit_probe_, adamw_probe_
+from peftkern.ops.attention import attention
 from peftkern.ops.dequantize import dequantize
 from peftkern.ops.dora_linear import dora_linear
 from peftkern.ops.gated_lora_linear import gated_lora_linear
@@ -25,6 +26,7 @@ __all__ = [
     "adamw_8bit_probe_",
     "adamw_probe_",
     "add_sparse_delta",
+    "attention",
     "dequantize",
     "dora_linear",
     "gated_lora_linear",

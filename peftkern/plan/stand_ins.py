@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import chunked_loss
+from peftkern.ops.attention import Gradients, empty_output
 from peftkern.ops.lora_linear import Adapters, Weight, compute_dtype
 from peftkern.ops.norm import NormForm
 from peftkern.ops.silu_mul import NOTHING_FREE
@@ -114,6 +115,16 @@ def _rotary(states: Sequence[Tensor], *_arguments: Any) -> list[Tensor]:
     return [torch.empty_like(x) for x in states]
 
 
+def _attention(query: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    return empty_output(query), query.new_empty(query.shape[:3], dtype=compute_dtype(query))
+
+
+def _attention_backward(_grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Gradients:
+    needed = zip((query, key, value), arguments[-3:], strict=True)
+    grad_query, grad_key, grad_value = (empty_output(x) if need else None for x, need in needed)
+    return grad_query, grad_key, grad_value
+
+
 def _sparse_delta(*_arguments: Any) -> None:
     """Adds to what is there."""
 
@@ -139,6 +150,8 @@ STAND_INS: Mapping[str, Callable[..., Any]] = {
     "norm": _norm,
     "norm_backward": _norm_backward,
     "rotary": _rotary,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
     "sparse_delta": _sparse_delta,
     "sparse_delta_backward": _sparse_delta_backward,
     # PyTorch's operators one after the other, which show their scratch memory themselves

@@ -188,6 +188,10 @@ def _attention_backward(arguments: Mapping[str, Any], _out: Any) -> Parts:
     return [Part(count(*(arguments[name].shape for name in names)))]
 
 
+def _our_attention_backward(arguments: Mapping[str, Any], out: Any) -> Parts:
+    return _attention_backward({**arguments, "grad_out": arguments["grad"]}, out)
+
+
 def _grouped_product(arguments: Mapping[str, Any], _out: Any) -> Parts:
     a, b = arguments["self"], arguments["mat2"]
     if a.dim() == 3 and b.dim() == 2:
@@ -376,6 +380,8 @@ _FORMULAS: Mapping[str, Formula] = {
     "bitsandbytes::int8_mm_dequant": _output_elements,
     "bitsandbytes::int8_linear_matmul": _int8_product,
     "bitsandbytes::int8_scaled_mm": _int8_product,
+    "peftkern::attention": _attention,
+    "peftkern::attention_backward": _our_attention_backward,
     "peftkern::dequantize": _output_elements,
     "peftkern::quantize": _input_elements,
     "peftkern::lora_linear": _linear,

@@ -17,6 +17,8 @@
 //
 #include "cpu/isa/rotary.inl.h"
 //
+#include "cpu/isa/attention.inl.h"
+//
 #include "cpu/isa/sparse_delta.inl.h"
 //
 #include "cpu/isa/adamw.inl.h"
@@ -27,14 +29,33 @@
 
 const Kernels* kernels() {
   static constexpr Kernels table = {
-      kNativeBfloat16,   kNativeFloat16,    product_scratch,
-      product_tasks,     product_task,      quantize_blocks,
-      dequantize_blocks, silu_mul_elements, silu_mul_backward_elements,
-      rotary_rows,       norm_rows,         norm_backward_rows,
-      sparse_blocks,     sparse_gradients,  adamw_elements,
-      encode_moments,    decode_moments,    adamw_probe_elements,
-      score_counts,      score_compare,     score_collect,
-      add_importance,    sum_importance,
+      kNativeBfloat16,
+      kNativeFloat16,
+      product_scratch,
+      product_tasks,
+      product_task,
+      quantize_blocks,
+      dequantize_blocks,
+      silu_mul_elements,
+      silu_mul_backward_elements,
+      rotary_rows,
+      attention_scratch,
+      attention_group,
+      attention_backward_part,
+      attention_gradients,
+      norm_rows,
+      norm_backward_rows,
+      sparse_blocks,
+      sparse_gradients,
+      adamw_elements,
+      encode_moments,
+      decode_moments,
+      adamw_probe_elements,
+      score_counts,
+      score_compare,
+      score_collect,
+      add_importance,
+      sum_importance,
   };
   return &table;
 }

@@ -177,6 +177,24 @@ static float half_row_scale(const float* row, int64_t steps) {
 }
 #endif
 
+// [rows][steps], rows `stride` apart, to [steps][rows], steps `out_stride` apart. Vector builds take at most kLanes
+// rows, read whole vectors of a row and write whole ones of a step, and round the steps up to a vector.
+#ifdef PEFTKERN_VECTOR_DECODE
+static void turn_floats(const float* source, int64_t stride, int rows, int64_t steps, float* out, int64_t out_stride) {
+  for (int64_t k = 0; k < steps; k += kLanes) {
+    Int block[kLanes];
+    for (int row = 0; row < kLanes; ++row) block[row] = load_int(source + (row < rows ? row : 0) * stride + k);
+    transpose(block);
+    for (int i = 0; i < kLanes; ++i) store_int(out + (k + i) * out_stride, block[i]);
+  }
+}
+#else
+static void turn_floats(const float* source, int64_t stride, int rows, int64_t steps, float* out, int64_t out_stride) {
+  for (int64_t k = 0; k < steps; ++k)
+    for (int row = 0; row < rows; ++row) out[k * out_stride + row] = source[row * stride + k];
+}
+#endif
+
 #ifdef PEFTKERN_VECTOR_DECODE
 static void turn_activations(const float* source, int64_t stride, Precision form, int rows, int64_t steps,
                              void* packed) {
@@ -184,34 +202,26 @@ static void turn_activations(const float* source, int64_t stride, Precision form
     std::memcpy(packed, source, static_cast<size_t>(steps) * sizeof(float));
     return;
   }
+  if (form == Precision::float32) return turn_floats(source, stride, rows, steps, static_cast<float*>(packed), rows);
+#ifdef PEFTKERN_VECTOR_FORMS
   for (int64_t k = 0; k < steps; k += kLanes) {
     Int block[kLanes];
     for (int row = 0; row < kLanes; ++row) block[row] = load_int(source + (row < rows ? row : 0) * stride + k);
     transpose(block);
-#ifdef PEFTKERN_VECTOR_FORMS
     if (form == Precision::bfloat16) {
       float* pairs = static_cast<float*>(packed) + k / 2 * rows;
       for (int i = 0; i < kLanes; i += 2)
         store_int(pairs + i / 2 * rows, pair_bfloat16(as_float(block[i]), as_float(block[i + 1])));
       continue;
     }
-    if (form == Precision::float16) {
-      uint16_t* halves = static_cast<uint16_t*>(packed) + k * rows;
-      for (int i = 0; i < kLanes; ++i) store_halves(halves + i * rows, as_float(block[i]));
-      continue;
-    }
-#else
-    (void)form;
-#endif
-    float* floats = static_cast<float*>(packed) + k * rows;
-    for (int i = 0; i < kLanes; ++i) store_int(floats + i * rows, block[i]);
+    uint16_t* halves = static_cast<uint16_t*>(packed) + k * rows;
+    for (int i = 0; i < kLanes; ++i) store_halves(halves + i * rows, as_float(block[i]));
   }
+#endif
 }
 #else
 static void turn_activations(const float* source, int64_t stride, Precision, int rows, int64_t steps, void* packed) {
-  float* floats = static_cast<float*>(packed);
-  for (int64_t k = 0; k < steps; ++k)
-    for (int row = 0; row < rows; ++row) floats[k * rows + row] = source[row * stride + k];
+  turn_floats(source, stride, rows, steps, static_cast<float*>(packed), rows);
 }
 #endif
 
@@ -284,6 +294,8 @@ static void multiply_tile(const void* packed, const float* row_scales, const Pan
   const Tile tile = find_tile(form, rows, panels.width);
   TileArguments arguments;
   arguments.activations = packed;
+  arguments.activation_step = rows;
+  arguments.panel_step = panels.width;
   arguments.steps = tile_steps(form, panels.steps);
   arguments.row_scales = row_scales;
   for (int64_t panel = 0; panel < panels.count; ++panel) {

@@ -17,6 +17,7 @@ static inline Float broadcast(float v) { return _mm256_set1_ps(v); }
 static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+static inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where one is no number
 
 static inline Int int_zero() { return _mm256_setzero_si256(); }
 static inline Int add_int(Int a, int b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }

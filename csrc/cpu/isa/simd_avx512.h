@@ -16,6 +16,7 @@ static inline Float broadcast(float v) { return _mm512_set1_ps(v); }
 static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+static inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where one is no number
 
 static inline Int int_zero() { return _mm512_setzero_si512(); }
 static inline Int add_int(Int a, int b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }

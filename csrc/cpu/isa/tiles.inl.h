@@ -2,7 +2,8 @@
 //
 // Packed activations are [k][rows], a panel is [k][columns]: each step broadcasts one activation per row and multiplies
 // it with a few vectors of the panel. Rows go from 1 to the tile's height, so that any number of tokens is a sequence
-// of full tiles; the compiler makes one function of each.
+// of full tiles; the compiler makes one function of each. The float32 form also reads matrices as they lie: a step is
+// any number of floats, and rows of the activations are kRowStride apart.
 #pragma once
 
 static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -12,6 +13,8 @@ static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; 
 struct TileArguments {
   const void* activations;
   const void* panel;
+  int64_t activation_step = 0;  // floats from a step to the next; not in the float16 form
+  int64_t panel_step = 0;
   int64_t steps;  // terms; pairs of terms in the bfloat16 form
   float* out;
   int64_t out_stride;
@@ -28,12 +31,13 @@ struct Float32Step {
   }
 };
 
-template <class Step, int kRows, int kVectors>
+template <class Step, int kRows, int kVectors, int kRowStride = 1>
 static void tile(const TileArguments& arguments) {
   const float* a = static_cast<const float*>(arguments.activations);
   const float* b = static_cast<const float*>(arguments.panel);
   float* out = arguments.out;
   const int64_t stride = arguments.out_stride;
+  const int64_t activation_step = arguments.activation_step, panel_step = arguments.panel_step;
   // Every loop over the tile is unrolled, or the compiler keeps the sums in memory at both ends.
   Float sums[kRows][kVectors];
 #pragma GCC unroll 16
@@ -44,9 +48,9 @@ static void tile(const TileArguments& arguments) {
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[row][v] = Step::run(a + row, b + v * kLanes, sums[row][v]);
-    a += kRows;
-    b += kVectors * kLanes;
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = Step::run(a + row * kRowStride, b + v * kLanes, sums[row][v]);
+    a += activation_step;
+    b += panel_step;
   }
   // Adding the block's sum to the total, instead of going on from it, keeps rounding errors of long sums apart.
   if (arguments.accumulate) {
@@ -61,15 +65,16 @@ static void tile(const TileArguments& arguments) {
     for (int v = 0; v < kVectors; ++v) store(out + row * stride + v * kLanes, sums[row][v]);
 }
 
-template <class Step, int kVectors, int kRows>
+template <class Step, int kVectors, int kRows, int kRowStride = 1>
 struct TileTable {
   static Tile get(int rows) {
-    return rows == kRows ? tile<Step, kRows, kVectors> : TileTable<Step, kVectors, kRows - 1>::get(rows);
+    return rows == kRows ? tile<Step, kRows, kVectors, kRowStride>
+                         : TileTable<Step, kVectors, kRows - 1, kRowStride>::get(rows);
   }
 };
-template <class Step, int kVectors>
-struct TileTable<Step, kVectors, 1> {
-  static Tile get(int) { return tile<Step, 1, kVectors>; }
+template <class Step, int kVectors, int kRowStride>
+struct TileTable<Step, kVectors, 1, kRowStride> {
+  static Tile get(int) { return tile<Step, 1, kVectors, kRowStride>; }
 };
 
 #ifdef PEFTKERN_VECTOR_FORMS
