@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 
 _MAPS, _SMAPS = Path("/proc/self/maps"), Path("/proc/self/smaps")
 _DONT_NEED = 4  # MADV_DONTNEED of madvise(2)
-_CHUNK_BYTES = 1 << 24
+_BATCH_BYTES = 1 << 25
 
 
 class _Mapping(NamedTuple):
@@ -33,41 +33,51 @@ class FilePages:
 
     def __init__(self) -> None:
         self._clean: dict[_Mapping, bool] = {}
+        self._done_with: list[Tensor] = []
 
-    def release(self, tensor: Tensor) -> int:
-        """Give back the pages that ``tensor``, a contiguous one on the CPU, covers alone.
+    def release(self, tensor: Tensor) -> None:
+        """Give back the pages that ``tensor`` covers alone, if it lies in a file: at once, or with those of later ones.
 
         Pages of a mapping that has been written to, by anybody, stay: what was written would be lost.
-
-        Returns:
-            Bytes that were given back; 0 for a tensor that lies elsewhere.
         """
         if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            return 0
-        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if end <= begin or not self._is_clean_file(begin, end):
-            return 0
-        refused = ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
-        return 0 if refused else end - begin
+            return
+        self._done_with.append(tensor)
+        if sum(tensor.nbytes for tensor in self._done_with) >= _BATCH_BYTES:
+            self.flush()
+
+    def flush(self) -> int:
+        """Give back what has been waiting for it.
+
+        Returns:
+            Its bytes.
+        """
+        tensors, self._done_with = self._done_with, []
+        files = [mapping for mapping in _mappings() if mapping.inode != "0"] if tensors else []
+        return sum(self._give_back(tensor, files) for tensor in tensors)
 
     def copy_out(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` in memory of its own; pages are given back as they are copied."""
         if not tensor.is_contiguous():
             return tensor.clone()
         copy = torch.empty_like(tensor)
-        elements = _CHUNK_BYTES // tensor.element_size()
-        for target, source in zip(
-            *(torch.split(flat, elements) for flat in (copy.view(-1), tensor.view(-1))), strict=True
-        ):
+        elements = _BATCH_BYTES // tensor.element_size()
+        pieces = (torch.split(flat, elements) for flat in (copy.view(-1), tensor.view(-1)))
+        for target, source in zip(*pieces, strict=True):
             target.copy_(source)
             self.release(source)
         return copy
 
-    def _is_clean_file(self, begin: int, end: int) -> bool:
-        mapping = next((m for m in _mappings() if m.begin <= begin and end <= m.end), None)
-        if mapping is None or mapping.inode == "0":
-            return False
+    def _give_back(self, tensor: Tensor, files: Iterable[_Mapping]) -> int:
+        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping = next((file for file in files if file.begin <= begin < end <= file.end), None)
+        if mapping is None or not self._is_clean(mapping):
+            return 0
+        refused = ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONT_NEED)
+        return 0 if refused else end - begin
+
+    def _is_clean(self, mapping: _Mapping) -> bool:
         if mapping not in self._clean:
             self._clean[mapping] = _bytes_of_its_own(mapping) == 0
         return self._clean[mapping]

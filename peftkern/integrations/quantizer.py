@@ -143,6 +143,7 @@ def _release_checkpoint_file(model: nn.Module, pages: FilePages) -> None:
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu" and not isinstance(tensor, PackedWeight):
             tensor.data = pages.copy_out(tensor.data)
+    pages.flush()
 
 
 def model_bytes(model: nn.Module) -> int:
