@@ -6,6 +6,7 @@ A step is forward, loss, backward and AdamW on the adapter.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -21,6 +22,9 @@ BFLOAT16_TOLERANCE = 0.25
 """The same for bfloat16: every layer rounds what passes through it to 8 bits, forward and backward."""
 
 
+WITHOUT_LOGITS = "ours with logits=False"
+
+
 def setup_step(
     checkpoint: smollm2.Checkpoint,
     batch: int = smollm2.BATCH,
@@ -29,8 +33,12 @@ def setup_step(
     ours: str = "ours",
     peer: str = "peer",
     tolerance: float = TOLERANCE,
+    what: str = "",
 ) -> Case:
-    """One step of two of `smollm2.LOOPS` on the same batch, with models from the same checkpoint and equal adapters."""
+    """One step of two of `smollm2.LOOPS` on the same batch, with models from the same checkpoint and equal adapters.
+
+    ``what`` says in the name of the case how ours differs from the ordinary.
+    """
     theirs, mine = smollm2.LOOPS[peer](checkpoint.folder), smollm2.LOOPS[ours](checkpoint.folder)
     (ids,) = smollm2.make_batches(checkpoint.folder, 1, batch, length)
     peers.fill_lora_b(theirs.model, torch.Generator().manual_seed(1))
@@ -42,8 +50,7 @@ def setup_step(
         pairs = {f"gradient of {name}": (our_gradients[name], peer_gradients[name]) for name in peer_gradients}
         peers.check_agreement({"loss": (our_loss, peer_loss), **pairs}, tolerance)
 
-    text = f"forward + backward + AdamW, batch {batch} x {length}"
-    text = f"{text}, {checkpoint.note}" if checkpoint.note else text
+    text = ", ".join(filter(None, [f"forward + backward + AdamW, batch {batch} x {length}", what, checkpoint.note]))
     return Case(text, lambda: mine.step(ids), lambda: theirs.step(ids), check, unit="s", effort=effort)
 
 
@@ -51,9 +58,12 @@ def cases() -> Iterator[Case]:
     """Cases of ``step-smollm2``."""
     with smollm2.checkpoint() as checkpoint:
         yield setup_step(checkpoint)
+        yield setup_step(checkpoint, ours="ours without logits", what=WITHOUT_LOGITS)
 
 
 def bf16_cases() -> Iterator[Case]:
     """Cases of ``step-smollm2-bf16``."""
     with smollm2.checkpoint() as checkpoint:
-        yield setup_step(checkpoint, ours="ours bf16", peer="peer bf16", tolerance=BFLOAT16_TOLERANCE)
+        in_bf16: dict[str, Any] = {"peer": "peer bf16", "tolerance": BFLOAT16_TOLERANCE}
+        yield setup_step(checkpoint, ours="ours bf16", **in_bf16)
+        yield setup_step(checkpoint, ours="ours bf16 without logits", what=WITHOUT_LOGITS, **in_bf16)

@@ -123,9 +123,11 @@ def test_select_top_chooses_the_peers_values(monkeypatch: pytest.MonkeyPatch) ->
         case.check()
 
 
-@pytest.mark.parametrize("form", ["", " checkpointed"])
-def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint, form: str) -> None:
-    case = step.setup_step(checkpoint, batch=2, length=16, effort=ONCE, ours=f"ours{form}", peer=f"peer{form}")
+@pytest.mark.parametrize(
+    ("ours", "peer"), [("ours", "peer"), ("ours checkpointed", "peer checkpointed"), ("ours without logits", "peer")]
+)
+def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint, ours: str, peer: str) -> None:
+    case = step.setup_step(checkpoint, batch=2, length=16, effort=ONCE, ours=ours, peer=peer)
     measurement = measure(case)
     assert case.case == "forward + backward + AdamW, batch 2 x 16, small"
     assert (measurement.unit, len(measurement.ours)) == ("s", 1)
