@@ -116,7 +116,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
         ),
         Benchmark(
             "step-llama1b",
-            "a training step of Llama-3.2-1B's shape, random weights, NF4 with LoRA, checkpointed, 1 x 512, fp32",
+            "a training step of Llama-3.2-1B's shape, random weights, NF4, LoRA, 1 x 512, fp32; the peer checkpoints",
             "peftkern.bench.llama1b:step_cases",
             _BOTH_ALLOCATORS,
         ),

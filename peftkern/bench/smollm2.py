@@ -231,6 +231,14 @@ def lean_loop(folder: str) -> Loop:
     return Loop(load_ours(folder, **LEAN))
 
 
+def plan_by_layer(folder: str) -> list[str]:
+    """For the model in ``folder``: a quarter of the layers is made again in the backward pass, of others the MLP."""
+    from transformers import AutoConfig
+
+    layers = AutoConfig.from_pretrained(folder).num_hidden_layers
+    return ["layer"] * (layers // 4) + ["mlp"] * (layers - layers // 4)
+
+
 class PolicyLoop(Loop):
     """The same step, of a model whose trained parameters ``policy`` chooses."""
 
@@ -258,7 +266,7 @@ LOOPS: Mapping[str, Callable[[str], Loop]] = {
     "ours bf16": lambda folder: Loop(load_ours(folder, torch.bfloat16)),
     "ours bf16 without logits": lambda folder: Loop(load_ours(folder, torch.bfloat16, logits=False)),
     "peer bf16": lambda folder: Loop(load_peer(folder, torch.bfloat16)),
-    "ours checkpointed": lambda folder: Loop(checkpointed(load_ours(folder, logits=False))),
+    "ours planned": lambda folder: Loop(load_ours(folder, logits=False, recompute=plan_by_layer(folder))),
     "peer checkpointed": lambda folder: Loop(checkpointed(load_peer(folder))),
     "sparse": lambda folder: Loop(load_sparse(folder)),
 }

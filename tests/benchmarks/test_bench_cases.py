@@ -124,7 +124,7 @@ def test_select_top_chooses_the_peers_values(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("ours", "peer"), [("ours", "peer"), ("ours checkpointed", "peer checkpointed"), ("ours without logits", "peer")]
+    ("ours", "peer"), [("ours", "peer"), ("ours planned", "peer checkpointed"), ("ours without logits", "peer")]
 )
 def test_step_agrees_and_trains_both_sides(checkpoint: smollm2.Checkpoint, ours: str, peer: str) -> None:
     case = step.setup_step(checkpoint, batch=2, length=16, effort=ONCE, ours=ours, peer=peer)
