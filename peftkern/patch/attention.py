@@ -1,13 +1,17 @@
-"""Rotary embeddings inside of the attention blocks of transformers.
+"""Rotary embeddings and attention inside of the attention blocks of transformers.
 
 A block is known by the `forward` of its class, as in :mod:`peftkern.patch.known`. It calls the function
-`apply_rotary_pos_emb` of its module. That function stays what it is, for every other model; the forward of a patched
-block is run with another one under that name, by giving its code a copy of the module's names, made anew in every call.
+`apply_rotary_pos_emb` of its module, and what `ALL_ATTENTION_FUNCTIONS` has under the name of its attention. Those stay
+what they are, for every other model; the forward of a patched block is run with others under these names, by giving its
+code a copy of the module's names, made anew in every call.
+
+Of attentions, `sdpa` is ours where a kernel takes the call, which on GPUs none does: PyTorch's own is as good there.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftkern.backends import registry
+from peftkern.ops.attention import LARGEST_HEAD_DIM, attention
 from peftkern.ops.lora_linear import FLOAT_DTYPES
 from peftkern.ops.rotary import rotary
 from peftkern.patch.known import known_row
 from peftkern.patch.weights import KNOWN_TENSORS, NotFused
 
 FUNCTION = "apply_rotary_pos_emb"
+INTERFACES = "ALL_ATTENTION_FUNCTIONS"
+SDPA = "sdpa"
+"""The name of the attention that can be ours, as `_attn_implementation` of a config."""
+_SDPA_MODULE, _SDPA_FUNCTION = "transformers.integrations.sdpa_attention", "sdpa_attention_forward"
 
 RENAMED = ("past_key_values",)
 """Keywords that a decorator of a forward translates where the forward itself does not take them."""
@@ -134,23 +144,23 @@ def takes_renamed(forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> boo
     return any(name in kwargs and name not in _written(forward).__code__.co_varnames for name in RENAMED)
 
 
-def with_rotary(
-    forward: Callable[..., Any], kind: RotaryKind, backend: str | None, note: Callable[[str], None]
+def with_kernels(
+    forward: Callable[..., Any], kind: RotaryKind, backend: str | None, note: Callable[..., None]
 ) -> Callable[..., Any]:
-    """``forward`` of a known class, with our rotary embeddings in place of its module's.
+    """``forward`` of a known class, with our rotary embeddings and attention in place of its module's.
 
     Args:
         forward: of the class.
         kind: what its module's function computes.
-        backend: which must run it; ``None`` lets the table decide.
-        note: is told why, where the module's own function runs after all.
+        backend: which must run them; ``None`` lets the table decide.
+        note: is told why, where the module's own functions run after all, and what runs instead.
     """
     written = _written(forward)
     names = dict(written.__globals__)
     theirs = names[FUNCTION]
-    if getattr(theirs, "__module__", None) != written.__module__:  # somebody has replaced it
-        return forward
-    names[FUNCTION] = partial(_turn, theirs, kind, backend, note)
+    if getattr(theirs, "__module__", None) == written.__module__:  # nobody has replaced it
+        names[FUNCTION] = partial(_turn, theirs, kind, backend, note)
+    names[INTERFACES] = _Interfaces(names[INTERFACES], backend, note)
     ours = types.FunctionType(written.__code__, names, written.__name__, written.__defaults__, written.__closure__)
     ours.__kwdefaults__ = written.__kwdefaults__
     return ours
@@ -160,7 +170,7 @@ def _turn(
     theirs: Callable[..., Any],
     kind: RotaryKind,
     backend: str | None,
-    note: Callable[[str], None],
+    note: Callable[..., None],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
@@ -188,3 +198,104 @@ def _read(kind: RotaryKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if kind.spread:
         cos, sin = (angles[..., : angles.shape[-1] // 2].repeat_interleave(2, dim=-1) for angles in (cos, sin))
     return q, k, cos, sin
+
+
+# ---- attention
+
+
+def runs_attention(arguments: tuple[Tensor, Tensor, Tensor, Tensor | None], backend: str | None) -> bool:
+    """Whether a kernel takes attention of these queries, keys and values with this mask, or ``backend`` is forced to.
+
+    Of PyTorch's operators its own attention is the best.
+    """
+    try:
+        choice = registry.choose("attention", *arguments, backend=backend)
+    except registry.BackendError:
+        return False
+    return choice.backend != "reference" or choice.reason == "forced"
+
+
+class _Interfaces:
+    """The attention functions of transformers, with ours for `sdpa`."""
+
+    def __init__(self, theirs: Any, backend: str | None, note: Callable[..., None]) -> None:
+        self._theirs, self._backend, self._note = theirs, backend, note
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._theirs, name)
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        found: Callable[..., Any] = self._theirs.get_interface(name, default)
+        if found is not getattr(sys.modules.get(_SDPA_MODULE), _SDPA_FUNCTION, None):
+            return found
+        return partial(_attend, found, self._backend, self._note)
+
+
+def _attend(
+    theirs: Callable[..., Any],
+    backend: str | None,
+    note: Callable[..., None],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> Any:
+    try:
+        states = _read_states(query, key, value, attention_mask, dropout, options)
+    except NotFused as refusal:
+        note(str(refusal), "attends as PyTorch does")
+        states = None
+    if states is None or not runs_attention(states, backend):
+        return theirs(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    asked = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
+    return attention(*states, causal, scaling, backend=backend).transpose(1, 2), None
+
+
+def _read_states(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """What the operation takes; ``None`` where a single query has nothing to gain."""
+    if query.shape[2] == 1 and key.shape[2] > 1:
+        return None
+    if dropout > 0:
+        raise NotFused("its attention weights are dropped out")
+    unknown = [name for name in ("position_bias", "softcap", "output_attentions") if options.get(name) is not None]
+    if unknown and options[unknown[0]] is not False:
+        raise NotFused(f"its attention is called with {unknown[0]}")
+    if not {type(query), type(key), type(value)} <= KNOWN_TENSORS:
+        raise NotFused("queries, keys or values are not plain tensors")
+    if torch.is_autocast_enabled(query.device.type):  # which PyTorch's attention heeds
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+    _check_states(query, key, value)
+    if mask is None and key.shape[2] != query.shape[2]:
+        raise NotFused(f"{query.shape[2]} queries meet {key.shape[2]} keys without a mask")
+    if mask is not None:
+        _check_mask(mask)
+    return query, key, value, mask
+
+
+def _check_mask(mask: Tensor) -> None:
+    if type(mask) not in KNOWN_TENSORS:
+        raise NotFused("the mask of its attention is no plain tensor")
+    if mask.requires_grad:
+        raise NotFused("the mask of its attention is trained")
+    if mask.dim() != 4 or mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        raise NotFused(f"the mask of its attention is {mask.dtype} with {mask.dim()} dimensions")
+
+
+def _check_states(query: Tensor, key: Tensor, value: Tensor) -> None:
+    head_dim = query.shape[-1]
+    sizes = f"queries are {list(query.shape)}, keys {list(key.shape)} and values {list(value.shape)}"
+    if query.dtype not in FLOAT_DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise NotFused(f"queries are {query.dtype}, keys {key.dtype} and values {value.dtype}")
+    if head_dim > LARGEST_HEAD_DIM or key.shape[-1] != head_dim or value.shape != key.shape:
+        raise NotFused(sizes)
+    if key.shape[0] != query.shape[0] or query.shape[1] % key.shape[1] != 0:
+        raise NotFused(sizes)

@@ -26,7 +26,7 @@ from peftkern.patch.arguments import (
     with_adapters,
     with_deltas,
 )
-from peftkern.patch.attention import rotary_kind
+from peftkern.patch.attention import SDPA, rotary_kind
 from peftkern.patch.decoder_layer import BEHIND, is_decoder_layer
 from peftkern.patch.experts import experts_behind, holds_packed_experts, is_param_wrapper, read_experts
 from peftkern.patch.fused import STATE
@@ -352,9 +352,19 @@ def _attention_finding(name: str, block: nn.Module, setting: _Setting) -> Findin
         choice = _choice_of("rotary", state, ((state,), state[0], state[0], False, False), setting)
     except NotFused as refusal:
         return Finding(name, block, _left(name, block, str(refusal)))
-    kernel = f"rotary on {choice.backend}"
+    kernel = f"{_turned_and_attended(block, state, choice, setting)} on {choice.backend}"
     row = PatchRow(name, _class_name(block), "", "fused", kernel, calls_left=_calls(block))
     return Finding(name, block, row, fused.fused_class(original_class(type(block))))
+
+
+def _turned_and_attended(block: Any, state: Tensor, turned: registry.Choice, setting: _Setting) -> str:
+    if getattr(block.config, "_attn_implementation", None) != SDPA:
+        return "rotary"
+    try:
+        choice = _choice_of("attention", state, (state, state, state, None), setting)
+    except NotFused:
+        return "rotary"
+    return "rotary and attention" if choice.backend == turned.backend else "rotary"
 
 
 def _decoder_layer_finding(name: str, layer: Any, setting: _Setting) -> Finding:

@@ -52,7 +52,7 @@ from peftkern.patch.arguments import (
     read_lora,
     running_adapters,
 )
-from peftkern.patch.attention import RotaryKind, rotary_kind, takes_renamed, with_rotary
+from peftkern.patch.attention import RotaryKind, rotary_kind, takes_renamed, with_kernels
 from peftkern.patch.decoder_layer import BEHIND, is_decoder_layer, run_layer
 from peftkern.patch.experts import is_param_wrapper, read_experts, run_experts
 from peftkern.patch.gated import activation_name, is_gated_mlp
@@ -304,7 +304,7 @@ def _attention_forward(original: Any, kind: RotaryKind) -> Callable[..., Any]:
         # a compiler fuses what it finds, and would not see through the names
         if torch.compiler.is_compiling() or takes_renamed(original.forward, kwargs):
             return original.forward(self, *args, **kwargs)
-        return with_rotary(original.forward, kind, state.backend, state.note)(self, *args, **kwargs)
+        return with_kernels(original.forward, kind, state.backend, state.note)(self, *args, **kwargs)
 
     return forward
 

@@ -47,6 +47,10 @@ def only_translates_names(source: ast.FunctionDef) -> bool:
     return all(name.startswith(f"deprecate_kwarg('{attention.RENAMED[0]}',") for name in names)
 
 
+def names_interfaces(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == attention.INTERFACES
+
+
 # ---- the tables
 
 
@@ -56,6 +60,9 @@ def test_every_known_attention_turns_as_the_operation_does(key: str) -> None:
     source = definition(block_class.forward)
     calls = [node for node in ast.walk(source) if isinstance(node, ast.Name) and node.id == attention.FUNCTION]
     assert len(calls) == 1 and only_translates_names(source)
+    assert [ast.unparse(n) for n in ast.walk(source) if isinstance(n, ast.Attribute) and names_interfaces(n)] == [
+        f"{attention.INTERFACES}.get_interface"
+    ]
     assert rotary_kind(block_class) == ATTENTIONS[key]
 
     theirs = inspect.unwrap(block_class.forward).__globals__[attention.FUNCTION]
@@ -126,7 +133,7 @@ def test_families_compute_what_they_computed(family: str) -> None:
     expected = run(model, LONG)
     report = patch(model)
     kernels = [row.kernel for row in report.fused]
-    assert kernels.count("rotary on cpu") == 2
+    assert kernels.count("rotary and attention on cpu") == 2
     assert kernels.count("rms_norm with residual on cpu") == (2 if family in WITH_SUM else 0)
     assert_same_run(model, LONG, expected)
     assert not any(row.calls_left for row in patch(model).rows)

@@ -184,7 +184,7 @@ def test_kernels_are_what_the_modules_use(kernels: str, monkeypatch: pytest.Monk
     backend = None if kernels == "auto" else kernels
     assert asked == {"lora_linear": [backend] * 12, "gated_lora_linear": [backend] * 2}
     if kernels != "auto":
-        operations = ("lora_linear", "silu_mul", "rms_norm", "rms_norm with residual", "rotary")
+        operations = ("lora_linear", "silu_mul", "rms_norm", "rms_norm with residual", "rotary and attention")
         assert {row.kernel for row in report.fused} == {f"{operation} on {kernels}" for operation in operations}
 
 
