@@ -89,3 +89,5 @@ def plan(
         console = Console()
         console.print(found.table())
         console.print(escape(found.speed), highlight=False)
+        if found.patch_call:
+            console.print(escape(found.patch_call), highlight=False, soft_wrap=True)

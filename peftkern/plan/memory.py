@@ -46,6 +46,14 @@ class Block:
     part: str = "scratch"
 
 
+@dataclass(frozen=True)
+class Segment:
+    """The parts of what was alive when it began, and at its peak."""
+
+    start: dict[str, float]
+    peak: dict[str, float]
+
+
 @dataclass
 class Record:
     """All that came and went in a step, and when its segments began."""
@@ -53,21 +61,21 @@ class Record:
     blocks: list[Block] = field(default_factory=list)
     starts: list[tuple[int, str]] = field(default_factory=list)
 
-    def peaks(self) -> dict[str, dict[str, float]]:
-        """The parts of what was alive at the peak of each segment, by its name."""
+    def segments(self) -> dict[str, Segment]:
+        """By name; of several with one name that with the highest peak."""
         changes: list[tuple[int, int, Block]] = []
         for block in self.blocks:
             changes.append((block.born, block.bytes, block))
             if block.died is not None:
                 changes.append((block.died, -block.bytes, block))
         changes.sort(key=lambda change: change[0])
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, Segment] = {}
         alive = dict.fromkeys(PARTS, 0.0)
         position = 0
         for (_, name), (end, _) in zip(self.starts, [*self.starts[1:], (self._end, "")], strict=True):
             total = sum(alive.values())
             highest = -1.0
-            best = dict(alive)
+            start = best = dict(alive)
             while position < len(changes) and changes[position][0] < end:
                 _, size, block = changes[position]
                 alive[block.part] += size
@@ -75,8 +83,8 @@ class Record:
                 position += 1
                 if size > 0 and total > highest:
                     highest, best = total, dict(alive)
-            if name not in found or sum(best.values()) > sum(found[name].values()):
-                found[name] = best
+            if name not in found or sum(best.values()) > sum(found[name].peak.values()):
+                found[name] = Segment(start, best)
         return found
 
     @property
@@ -157,7 +165,7 @@ def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: C
     watch.begin("start")
     with ExitStack() as stack:
         for tensor in (*model.parameters(), *model.buffers()):
-            watch.add(tensor, "adapters" if storage_of(tensor) in subject.added else "weights")
+            watch.add(tensor, _part_of(subject, tensor))
         state = sum(optimizer_state(parameter) for parameter in trained)
         watch.record.blocks.append(Block(0, state, watch._tick(), part="optimizer"))
         stack.enter_context(_segments(subject, watch))
@@ -181,6 +189,24 @@ def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: C
     for parameter in trained:
         parameter.grad = None
     return watch.record
+
+
+def _part_of(subject: Subject, tensor: Tensor) -> str:
+    return "adapters" if storage_of(tensor) in subject.added else "weights"
+
+
+def of_a_layer(subject: Subject, optimizer_state: Callable[[Tensor], int]) -> tuple[Parts, Parts]:
+    """What is there of one of the equal layers at any time, and the gradients of what is trained in it."""
+    assert subject.layers is not None
+    layer = subject.layers[-1]
+    there, gradients = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    for tensor in {storage_of(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}.values():
+        there[_part_of(subject, tensor)] += tensor.untyped_storage().nbytes()
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            there["optimizer"] += optimizer_state(parameter)
+            gradients["gradients"] += parameter.nbytes
+    return there, gradients
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -216,6 +242,8 @@ def _segments(subject: Subject, watch: Watch) -> Iterator[None]:
         names = _layer_names(index, len(layers))
         handles.append(layer.register_forward_pre_hook(lambda *_, names=names: watch.begin(f"forward {names}")))
         handles.append(layer.register_forward_hook(_on_gradient(watch, f"backward {names}")))
+    if layers:
+        handles.append(layers[-1].register_forward_hook(lambda *_: watch.begin("behind the layers")))
     base = getattr(_innermost(subject.model), "base_model", None)
     if base is not None:
         handles.append(base.register_forward_hook(lambda *_: watch.begin("loss")))

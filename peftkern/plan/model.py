@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from peftkern.patch.weights import original_class
 from peftkern.plan.errors import PlanError
 from peftkern.plan.options import Options
 
@@ -193,7 +194,10 @@ def _finish(model: Any, options: Options, added: Sequence[Tensor], largest_dense
     from peftkern.patch import patch
 
     if options.method is not None and options.patched:
-        patch(model, logits=options.logits, recompute=options.recompute)
+        try:
+            patch(model, logits=options.logits, recompute=options.recompute)
+        except ValueError as error:
+            raise PlanError(str(error).removeprefix("patch: ")) from error
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fakes = _make_fake(model)
@@ -239,4 +243,6 @@ def _are_equal(layers: nn.ModuleList) -> bool:
 
 def _description(layer: nn.Module) -> tuple[Any, ...]:
     tensors = (*layer.named_parameters(), *layer.named_buffers())
-    return type(layer), *((name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors)
+    return original_class(type(layer)), *(
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors
+    )

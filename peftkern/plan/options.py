@@ -11,6 +11,9 @@ METHODS = ("lora", "full", "sparse")
 QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 OPTIMIZERS = ("AdamW", "AdamW8bit", "SGD")
 RECOMPUTE = ("mlp", "up")
+LAYER_WORDS = ("layer", "mlp", "up", "store")
+"""Of those that `peftkern.patch` takes for layers, the ones that can be followed. In this order they stand best: the
+lower a layer, the less is kept while its backward pass needs room."""
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,7 +38,7 @@ class Options:
     gradient_checkpointing: bool
     optimizer: str
     logits: bool
-    recompute: str | None
+    recompute: str | tuple[str, ...] | None
     patched: bool
     labelled: float
 
@@ -45,8 +48,11 @@ class Options:
             "optimizer": OPTIMIZERS,
             "dtype": DTYPES,
             "method": (*METHODS, None),
-            "recompute": (*RECOMPUTE, None),
         }
+        if isinstance(self.recompute, tuple):
+            self._check_plan(self.recompute)
+        else:
+            choices["recompute"] = (*RECOMPUTE, None)
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be {_list(known)}; got {getattr(self, name)!r}")
@@ -65,6 +71,13 @@ class Options:
             raise PlanError("logits=False and recompute are forms of the patched model; leave patched=True")
         if self.method is None and (not self.logits or self.recompute is not None or self.quantization != "none"):
             raise PlanError("a model is planned as it stands; name a method, or patch and quantize it before")
+
+    def _check_plan(self, words: tuple[str, ...]) -> None:
+        for word in words:
+            if word not in LAYER_WORDS:
+                raise PlanError(f"recompute: the word for a layer must be {_list(LAYER_WORDS)}; got {word!r}")
+        if self.gradient_checkpointing:
+            raise PlanError("recompute: with words for layers, 'layer' is what gradient_checkpointing=True does to all")
 
 
 def _list(known: Sequence[str | None]) -> str:

@@ -31,7 +31,7 @@ def plan(
     gradient_checkpointing: bool = False,
     optimizer: str = "AdamW",
     logits: bool = True,
-    recompute: str | None = None,
+    recompute: str | Sequence[str] | None = None,
     patched: bool = True,
     labelled: float = 1.0,
     device: str = "cpu",
@@ -50,8 +50,9 @@ def plan(
 
     With ``budget`` and without ``batch`` or ``length``, the largest that fits is searched: the length first, at batch
     1, up to what the model takes, then the batch. With both given, options that save memory are taken until it fits, in
-    the order of what they cost in time: the loss without logits, `AdamW8bit`, 4-bit weights, gated blocks that are made
-    again, gradient checkpointing.
+    the order of what they cost in time: the loss without logits, `AdamW8bit`, 4-bit weights. Where all of them are not
+    enough, each layer is given a word (`peftkern.patch`) so that the step takes the least time; models that are not
+    patched get gradient checkpointing.
 
     Args:
         model: the name or folder of a transformers model, of which the configuration alone is read; a configuration; or
@@ -67,7 +68,7 @@ def plan(
         batch, length: of the token ids, [batch, length]. ``None``: 1 and 1024, or what a budget allows.
         gradient_checkpointing: of every layer, not in the reentrant way.
         optimizer: ``"AdamW"`` or ``"AdamW8bit"``, of `peftkern.optim`, or ``"SGD"`` without momentum.
-        logits, recompute: as in `peftkern.patch`.
+        logits, recompute: as in `peftkern.patch`; of words for layers, "store", "up", "mlp" and "layer".
         patched: whether the model is patched.
         labelled: share of the tokens that have a label.
         device: ``"cpu"``, or a GPU: rtx-3090, rtx-4090, rtx-5090, t4, l4, l40s, a100-40gb, a100-80gb, h100, h200, b200.
@@ -97,7 +98,7 @@ def plan(
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         logits=logits,
-        recompute=recompute,
+        recompute=recompute if recompute is None or isinstance(recompute, str) else tuple(recompute),
         patched=patched,
         labelled=labelled,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from peftkern.backends import chunked_loss
 from peftkern.optim import AdamW, AdamW8bit
 from peftkern.plan import memory, work
 from peftkern.plan.devices import Device
+from peftkern.plan.errors import PlanError
+from peftkern.plan.layers import DEPTH, Layers, WordCosts, word_costs
 from peftkern.plan.memory import Parts
 from peftkern.plan.model import Subject, build, load_config, stand_in
-from peftkern.plan.options import Options
+from peftkern.plan.options import LAYER_WORDS, Options
 from peftkern.plan.result import Plan
 
 SHALLOW = 4
@@ -29,8 +31,10 @@ class Predictor:
         self.device = device
         self.config = load_config(model)
         self._model = model
-        self._built: tuple[Options, Subject] | None = None
+        self._built: dict[Options, Subject] = {}
         self._peaks: dict[Options, Parts] = {}
+        self._costs: dict[Options, WordCosts] = {}
+        self._shallow: dict[Options, work.Work] = {}
 
     @property
     def longest(self) -> int:
@@ -74,44 +78,92 @@ class Predictor:
             seconds=counted.seconds,
         )
 
+    def room(self, options: Options, budget: float) -> float:
+        """What a budget leaves for what `layers` counts, in bytes."""
+        tensors = (budget - self.device.beside(0.0)) / (1.0 + self.device.rounded_up)
+        return tensors - self._own_scratch(self._subject(options))
+
+    def layers(self, options: Options, words: Iterable[str] = LAYER_WORDS) -> Layers | None:
+        """The layers of a deep model under any plan of those of ``words`` that they can have; ``None``: the model is
+        not one of many equal layers, or they can have no plan.
+        """
+        stored = replace(options, recompute=None)
+        subject = self._subject(stored)
+        if not self._is_deep(subject) or not options.patched or options.method is None:
+            return None
+        assert subject.layers is not None
+        count = len(subject.layers)
+        layer, gradients = memory.of_a_layer(subject, _state_bytes(options.optimizer))
+        costs = {}
+        for word in dict.fromkeys(("store", *words)):
+            try:
+                costs[word] = self._costs_of(replace(options, recompute=(word,) * count))
+            except PlanError:
+                if word == "store":
+                    return None
+        if stored not in self._shallow:
+            self._shallow[stored] = self._work_at(DEPTH - 1, subject, options)
+        return Layers(count, costs, layer, gradients, self._shallow[stored])
+
+    def _costs_of(self, options: Options) -> WordCosts:
+        """Of layers that all have the same word."""
+        if options not in self._costs:
+            subject = self._subject(options)
+            segments = self._watch_at(DEPTH, subject, options)
+            self._costs[options] = word_costs(segments, self._work_at(DEPTH, subject, options))
+        return self._costs[options]
+
     def _segments(self, options: Options) -> Mapping[str, Parts]:
-        subject, batch = self._subject(options), _batch(options)
-        state = _state_bytes(options.optimizer)
+        subject = self._subject(options)
         scratch = self._own_scratch(subject)
-
-        def peaks(depth: int | None) -> Mapping[str, Parts]:
-            with subject.with_depth(depth), chunked_loss.assuming("cuda" if self.device.is_gpu else "cpu"):
-                return memory.watch_step(subject, batch, state).peaks()
-
-        count = len(subject.layers) if subject.layers is not None else 0
-        if count > SHALLOW + 2:
-            found = memory.extrapolate(peaks(SHALLOW), peaks(SHALLOW + 1), count - SHALLOW - 1)
+        if not self._is_deep(subject):
+            found: Mapping[str, Parts] = _peaks(self._watch_at(None, subject, options))
+        elif isinstance(options.recompute, tuple):
+            layers = self.layers(options, options.recompute)
+            assert layers is not None
+            found = layers.segments(options.recompute)
         else:
-            found = {name: dict(parts) for name, parts in peaks(None).items()}
+            shallow, deep = (_peaks(self._watch_at(depth, subject, options)) for depth in (SHALLOW, SHALLOW + 1))
+            found = memory.extrapolate(shallow, deep, len(subject.layers or ()) - SHALLOW - 1)
         return {name: {**parts, "scratch": parts["scratch"] + scratch} for name, parts in found.items()}
+
+    def _is_deep(self, subject: Subject) -> bool:
+        return subject.layers is not None and len(subject.layers) > SHALLOW + 2
+
+    def _watch_at(self, depth: int | None, subject: Subject, options: Options) -> Mapping[str, memory.Segment]:
+        state = _state_bytes(options.optimizer)
+        with subject.with_depth(depth), chunked_loss.assuming("cuda" if self.device.is_gpu else "cpu"):
+            return memory.watch_step(subject, _batch(options), state).segments()
 
     def _own_scratch(self, subject: Subject) -> float:
         """What the kernels of a GPU keep from call to call: room for one decoded weight."""
         return float(subject.largest_dense) if self.device.is_gpu else 0.0
 
     def _work(self, options: Options) -> work.Work:
-        subject, batch, rates = self._subject(options), _batch(options), self.device.rates
-        count = len(subject.layers) if subject.layers is not None else 0
-        if count <= SHALLOW + 2:
-            return work.count_work(subject, batch, rates)
-        with subject.with_depth(SHALLOW):
-            shallow = work.count_work(subject, batch, rates)
-        with subject.with_depth(SHALLOW + 1):
-            deep = work.count_work(subject, batch, rates)
-        return deep.extrapolated(shallow, count - SHALLOW - 1)
+        subject = self._subject(options)
+        if not self._is_deep(subject):
+            return self._work_at(None, subject, options)
+        if isinstance(options.recompute, tuple):
+            layers = self.layers(options, options.recompute)
+            assert layers is not None
+            return layers.work(options.recompute)
+        shallow, deep = (self._work_at(depth, subject, options) for depth in (SHALLOW, SHALLOW + 1))
+        return deep.extrapolated(shallow, len(subject.layers or ()) - SHALLOW - 1)
+
+    def _work_at(self, depth: int | None, subject: Subject, options: Options) -> work.Work:
+        with subject.with_depth(depth):
+            return work.count_work(subject, _batch(options), self.device.rates)
 
     def _subject(self, options: Options) -> Subject:
         key = replace(options, batch=1, length=1, labelled=1.0, optimizer="SGD")
-        if self._built is None or self._built[0] != key:
-            self._built = None
+        if key not in self._built:
             subject = stand_in(self._model, options) if options.method is None else build(self.config, options)
-            self._built = key, subject
-        return self._built[1]
+            self._built[key] = subject
+        return self._built[key]
+
+
+def _peaks(segments: Mapping[str, memory.Segment]) -> dict[str, dict[str, float]]:
+    return {name: segment.peak for name, segment in segments.items()}
 
 
 def _batch(options: Options) -> dict[str, Tensor]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftkern.patch.layer_plan import in_words
 from peftkern.plan.options import Options
 
 if TYPE_CHECKING:
@@ -117,7 +119,8 @@ class Plan:
         extras = [
             *(["gradient checkpointing"] if o.gradient_checkpointing else []),
             *(["no logits"] if not o.logits else []),
-            *([f"{o.recompute} made again"] if o.recompute else []),
+            *([f"{o.recompute} made again"] if isinstance(o.recompute, str) else []),
+            *([in_words(o.recompute)] if isinstance(o.recompute, tuple) else []),
             *(["not patched"] if not o.patched else []),
         ]
         return ", ".join([f"{self.model}: {what}", f"{o.batch} x {o.length}", o.optimizer, *extras])
@@ -138,6 +141,15 @@ class Plan:
             f"{self.device}, an estimate from {source}: {self.seconds:.3g} s, {self.tokens_per_second:.0f} tokens/s"
         )
 
+    @property
+    def patch_call(self) -> str:
+        """The line of Python that patches a model as planned; empty where nothing is patched."""
+        o = self.options
+        if o.method is None or not o.patched:
+            return ""
+        logits = [] if o.logits else ["logits=False"]
+        return f"peftkern.patch({', '.join(['model', *logits, *_recompute_argument(o.recompute)])})"
+
     def __str__(self) -> str:
         from io import StringIO
 
@@ -145,7 +157,8 @@ class Plan:
 
         console = Console(file=StringIO(), width=120)
         console.print(self.table())
-        return f"{console.file.getvalue()}{self.speed}"  # type: ignore[attr-defined]
+        lines = "\n".join(filter(None, [self.speed, self.patch_call]))
+        return f"{console.file.getvalue()}{lines}"  # type: ignore[attr-defined]
 
     def save(self, path: str | Path) -> None:
         """Write ``.png`` (a bar of the parts) or ``.json`` (all numbers).
@@ -164,6 +177,15 @@ class Plan:
             draw([self], target)
         else:
             raise ValueError(f"Plan.save: path must end in .png or .json, got {str(path)!r}")
+
+
+def _recompute_argument(recompute: str | tuple[str, ...] | None) -> list[str]:
+    if recompute is None:
+        return []
+    if isinstance(recompute, str):
+        return [f'recompute="{recompute}"']
+    runs = [(word, len(list(group))) for word, group in groupby(recompute)]
+    return ["recompute=" + " + ".join(f'["{word}"] * {count}' for word, count in runs)]
 
 
 def _quantization(options: Options) -> str:

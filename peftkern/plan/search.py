@@ -103,19 +103,43 @@ _SAVINGS: tuple[tuple[str, Any, int], ...] = (
     ("logits", False, 0),
     ("optimizer", "AdamW8bit", 1),
     ("quantization", "nf4", 2),
-    ("recompute", "mlp", 4),
-    ("gradient_checkpointing", True, 8),
 )
-"""An option, the value of it that takes less memory, and its rank in what that costs in time. Each costs more than all
-before it together: the loss without logits nothing, gated blocks two products of three again, checkpointing a second
-forward pass."""
+"""An option, the value of it that takes less memory, and its rank in what that costs in time: each more than all before
+it together, and next to nothing beside what making layers again costs."""
 
 
 def _cheapest(predictor: Predictor, options: Options, budget: float) -> Options:
     for variant in _variants(options):
         if predictor.total(variant) <= budget:
             return variant
+    leanest = variant
+    layers = predictor.layers(leanest) if _may_be_planned(options) else None
+    if layers is not None:
+        words = layers.cheapest(predictor.room(leanest, budget))
+        saving = None if words is None else replace(leanest, recompute=_in_short(words))
+    else:
+        saving = _checkpointed(leanest)
+    if saving is not None and predictor.total(saving) <= budget:
+        return saving
     raise _refusal(predictor, options, budget)
+
+
+def _may_be_planned(options: Options) -> bool:
+    """Whether a search may give words to layers: what was asked for stays."""
+    return options.recompute is None and not options.gradient_checkpointing
+
+
+def _in_short(words: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    if set(words) == {"store"}:
+        return None
+    return words[0] if set(words) in ({"mlp"}, {"up"}) else words
+
+
+def _checkpointed(options: Options) -> Options | None:
+    """Of models whose layers cannot have words, or where others were asked for."""
+    if options.method is None or isinstance(options.recompute, tuple) or options.gradient_checkpointing:
+        return None
+    return replace(options, gradient_checkpointing=True)
 
 
 def _variants(options: Options) -> Iterator[Options]:
@@ -132,7 +156,7 @@ def _variants(options: Options) -> Iterator[Options]:
 def _is_possible(options: Options, name: str, value: Any) -> bool:
     if getattr(options, name) == value or options.method is None:
         return False
-    if name in ("logits", "recompute"):
+    if name == "logits":
         return options.patched
     if name == "optimizer":
         return options.optimizer == "AdamW"
@@ -142,9 +166,13 @@ def _is_possible(options: Options, name: str, value: Any) -> bool:
 
 
 def _refusal(predictor: Predictor, options: Options, budget: float) -> PlanError:
-    variant = min(_variants(options), key=predictor.total)
+    variants = list(_variants(options))
+    layers = predictor.layers(variants[-1]) if _may_be_planned(options) else None
+    others = [_checkpointed(variants[-1]) if layers is None else replace(variants[-1], recompute=layers.smallest())]
+    variant = min([*variants, *filter(None, others)], key=predictor.total)
     needed = predictor.total(variant)
-    changed = [f"{n}={getattr(variant, n)!r}" for n, *_ in _SAVINGS if getattr(variant, n) != getattr(options, n)]
+    names = (*(name for name, *_ in _SAVINGS), "recompute", "gradient_checkpointing")
+    changed = [f"{n}={getattr(variant, n)!r}" for n in names if getattr(variant, n) != getattr(options, n)]
     with_ = f" with {', '.join(changed)}" if changed else ""
     tokens = f"{variant.batch} x {variant.length} tokens"
     return PlanError(

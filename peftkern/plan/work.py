@@ -52,6 +52,13 @@ class Work:
         names = self.__dataclass_fields__
         return Work(**{name: (1 + more) * getattr(self, name) - more * getattr(shallow, name) for name in names})
 
+    def plus(self, more: Work, less: Work, factor: float) -> Work:
+        """``self + factor * (more - less)``."""
+        names = self.__dataclass_fields__
+        return Work(
+            **{name: getattr(self, name) + factor * (getattr(more, name) - getattr(less, name)) for name in names}
+        )
+
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, rates: Rates) -> None:

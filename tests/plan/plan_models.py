@@ -21,6 +21,11 @@ def llama(**changes: Any) -> Any:
     return LlamaConfig(**{**SHAPE, **changes})
 
 
+def deep_llama() -> Any:
+    """One that is not run as a whole."""
+    return llama(num_hidden_layers=7)
+
+
 def gpt2() -> Any:
     sizes = {"n_embd": 192, "n_layer": 2, "n_head": 6, "n_positions": 256, "vocab_size": VOCABULARY}
     return GPT2Config(**sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)

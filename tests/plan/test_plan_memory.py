@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_models import SHAPE, gpt2, llama, qwen3
+from plan_models import SHAPE, deep_llama, gpt2, llama, qwen3
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,6 +26,9 @@ CASES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "lora-nf4-no-logits": (llama, {"logits": False}),
     "lora-nf4-checkpointing": (llama, {"gradient_checkpointing": True}),
     "lora-nf4-recompute": (llama, {"recompute": "mlp"}),
+    "lora-nf4-layer-and-store": (llama, {"recompute": ("layer", "store")}),
+    "lora-nf4-mlp-and-layer-no-logits": (llama, {"recompute": ("mlp", "layer"), "logits": False}),
+    "lora-nf4-deep-mixed": (deep_llama, {"recompute": ("layer", "layer", "mlp", "up", "store", "layer", "store")}),
     "lora-dense-bfloat16-no-logits": (llama, {"quantization": "none", "dtype": "bfloat16", "logits": False}),
     "lora-tied": (qwen3, {}),
     "sparse": (llama, {"method": "sparse", "density": 0.02}),

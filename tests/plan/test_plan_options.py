@@ -131,6 +131,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), *options, *files])
     assert result.exit_code == 0, result.output
     assert "activations" in result.output and "fits into the budget" in result.output and "estimate" in result.output
+    assert "peftkern.patch(model)" in result.output
     data = json.loads(numbers.read_text())
     assert data["peak"] == pytest.approx(sum(data["parts"].values()) + data["beside"])
     assert data["options"]["quantization"] == "nf4"
