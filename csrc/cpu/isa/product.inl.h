@@ -34,10 +34,11 @@ struct Schedule {
   int tile_rows;
   int64_t width;           // of a panel
   int64_t low_rank_width;  // of a panel of the low-rank terms, which are always float32
-  int64_t panels_per_task;
+  int64_t panels;
   int64_t output_tasks;
   int64_t token_tasks;
-  int64_t tokens_per_task;
+  int64_t panels_per_task;  // at most: tasks differ by one
+  int64_t tokens_per_task;  // at most, likewise
   bool one_tile;  // every token of the product fits into one tile, and every term into the scratch
 };
 
@@ -56,6 +57,8 @@ static int64_t longest_reduction(const Product& p) {
   return longest;
 }
 
+static int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
+
 static Schedule make_schedule(const Product& p) {
   Schedule s;
   const int64_t outputs = product_outputs(p);
@@ -69,19 +72,21 @@ static Schedule make_schedule(const Product& p) {
     s.width = 2 * kHalfLanes;
   }
 #endif
-  const int64_t panels = divide_up(outputs, s.width);
+  s.panels = divide_up(outputs, s.width);
   const int64_t tasks = kTasksPerThread * p.threads;
   const int64_t most_panels = kPanelsPerTask * 2 * kLanes / s.width;
   const int64_t most_token_tasks = maximum(1, p.tokens / kTokensPerTask);
-  const int64_t fewest_output_tasks = divide_up(tasks, most_token_tasks);
-  s.panels_per_task = minimum(most_panels, maximum(1, panels / fewest_output_tasks));
-  s.panels_per_task = divide_up(panels, divide_up(panels, s.panels_per_task));
-  s.output_tasks = divide_up(panels, s.panels_per_task);
+  s.output_tasks =
+      maximum(divide_up(s.panels, most_panels), minimum(s.panels, divide_up(tasks, most_token_tasks)));
   s.token_tasks = minimum(most_token_tasks, divide_up(tasks, s.output_tasks));
   if (s.output_tasks * s.token_tasks < p.threads)
     s.token_tasks = maximum(1, minimum(divide_up(p.threads, s.output_tasks), p.tokens / s.tile_rows));
+  // Nine equal tasks on two threads would leave one of them waiting for a tenth of the time.
+  const int64_t token_step = p.threads / greatest_common_divisor(p.threads, s.output_tasks);
+  const int64_t even_token_tasks = divide_up(s.token_tasks, token_step) * token_step;
+  if (even_token_tasks <= most_token_tasks) s.token_tasks = even_token_tasks;
+  s.panels_per_task = divide_up(s.panels, s.output_tasks);
   s.tokens_per_task = divide_up(p.tokens, s.token_tasks);
-  s.token_tasks = divide_up(p.tokens, s.tokens_per_task);
   s.one_tile = p.tokens <= s.tile_rows && longest_reduction(p) <= kLongestPacked;
   return s;
 }
@@ -493,10 +498,11 @@ static void product_task(const Product& p, int64_t task, void* memory) {
   Scratch scratch;
   carve(p, s, memory, &scratch);
   Block block;
-  block.output0 = task % s.output_tasks * s.panels_per_task * s.width;
-  block.outputs = minimum(s.panels_per_task * s.width, product_outputs(p) - block.output0);
-  const int64_t token_begin = task / s.output_tasks * s.tokens_per_task;
-  const int64_t token_end = minimum(token_begin + s.tokens_per_task, p.tokens);
+  const int64_t output_task = task % s.output_tasks, token_task = task / s.output_tasks;
+  block.output0 = output_task * s.panels / s.output_tasks * s.width;
+  block.outputs = minimum((output_task + 1) * s.panels / s.output_tasks * s.width, product_outputs(p)) - block.output0;
+  const int64_t token_begin = token_task * p.tokens / s.token_tasks;
+  const int64_t token_end = (token_task + 1) * p.tokens / s.token_tasks;
   const bool buffered = p.out_dtype != DType::float32;
   for (block.token0 = token_begin; block.token0 < token_end; block.token0 += kTokenBlock) {
     block.tokens = minimum(kTokenBlock, token_end - block.token0);
