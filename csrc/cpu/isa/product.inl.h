@@ -9,6 +9,7 @@
 
 constexpr int64_t kFeatureBlock = 256;       // 256 x 32 floats: a panel of 32 KB
 constexpr int64_t kPairFeatureBlock = 512;   // the same of bfloat16: the output is added to half as often
+constexpr int64_t kMostJoinedRank = 64;      // of low-rank terms that take part in the last block of features
 constexpr int64_t kPanelsPerTask = 16;       // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
 constexpr int64_t kFewFeatureBlock = 128;    // one tile of tokens, weight reduced along columns: 16 KB, one panel
 constexpr int64_t kFewRowBlock = 32;         // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
@@ -33,13 +34,14 @@ struct Schedule {
   Precision form;
   int tile_rows;
   int64_t width;           // of a panel
-  int64_t low_rank_width;  // of a panel of the low-rank terms, which are always float32
+  bool join_low_rank;      // the low-rank terms are more features of the last block, in the form of the others
+  int64_t low_rank_width;  // of a panel of low-rank terms that are a product of their own, in float32
   int64_t panels;
   int64_t output_tasks;
   int64_t token_tasks;
   int64_t panels_per_task;  // at most: tasks differ by one
   int64_t tokens_per_task;  // at most, likewise
-  bool one_tile;  // every token of the product fits into one tile, and every term into the scratch
+  bool one_tile;            // every token of the product fits into one tile, and every term into the scratch
 };
 
 static Precision available_form(const Product& p) {
@@ -55,6 +57,23 @@ static int64_t longest_reduction(const Product& p) {
   int64_t longest = product_features(p);
   for (int64_t i = 0; i < p.low_rank_count; ++i) longest = maximum(longest, p.low_rank[i].rank);
   return longest;
+}
+
+// Of one term among the features of the last block: pairs of terms stay together.
+static int64_t joined_steps(const LowRank& term) { return divide_up(term.rank, 2) * 2; }
+
+static int64_t joined_steps(const LowRank* terms, int64_t count) {
+  int64_t steps = 0;
+  for (int64_t i = 0; i < count; ++i) steps += joined_steps(terms[i]);
+  return steps;
+}
+
+// A term under dropout is masked before it is added, and float16 would bring it to the scale of the weight.
+static bool can_join(const Product& p, Precision form) {
+  for (int64_t i = 0; i < p.low_rank_count; ++i)
+    if (dropout_active(p.low_rank[i].dropout)) return false;
+  const bool pairs_fit = form == Precision::float32 || product_features(p) % 2 == 0;
+  return form != Precision::float16 && pairs_fit && joined_steps(p.low_rank, p.low_rank_count) <= kMostJoinedRank;
 }
 
 static int64_t greatest_common_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_common_divisor(b, a % b); }
@@ -76,8 +95,7 @@ static Schedule make_schedule(const Product& p) {
   const int64_t tasks = kTasksPerThread * p.threads;
   const int64_t most_panels = kPanelsPerTask * 2 * kLanes / s.width;
   const int64_t most_token_tasks = maximum(1, p.tokens / kTokensPerTask);
-  s.output_tasks =
-      maximum(divide_up(s.panels, most_panels), minimum(s.panels, divide_up(tasks, most_token_tasks)));
+  s.output_tasks = maximum(divide_up(s.panels, most_panels), minimum(s.panels, divide_up(tasks, most_token_tasks)));
   s.token_tasks = minimum(most_token_tasks, divide_up(tasks, s.output_tasks));
   if (s.output_tasks * s.token_tasks < p.threads)
     s.token_tasks = maximum(1, minimum(divide_up(p.threads, s.output_tasks), p.tokens / s.tile_rows));
@@ -88,6 +106,7 @@ static Schedule make_schedule(const Product& p) {
   s.panels_per_task = divide_up(s.panels, s.output_tasks);
   s.tokens_per_task = divide_up(p.tokens, s.token_tasks);
   s.one_tile = p.tokens <= s.tile_rows && longest_reduction(p) <= kLongestPacked;
+  s.join_low_rank = !s.one_tile && can_join(p, s.form);
   return s;
 }
 
@@ -134,7 +153,7 @@ static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* 
   const int64_t packed = s.one_tile ? longest_reduction(p) : kPairFeatureBlock;
   const bool buffered = p.out_dtype != DType::float32;
   const int64_t tokens = minimum(s.tokens_per_task, kTokenBlock);
-  scratch->panels = take(s.panels_per_task * s.width * kFeatureBlock * 4);
+  scratch->panels = take(s.panels_per_task * s.width * (kFeatureBlock + kMostJoinedRank) * 4);
   scratch->panel_scales = static_cast<float*>(take(s.panels_per_task * 4));
   scratch->staged = static_cast<float*>(take(rows * staged_stride() * 4));
   scratch->activations = take((packed + kPairFeatureBlock) * rows * 4);
@@ -286,8 +305,8 @@ static void add_corner(const float* corner, int64_t width, const Block& block, i
   }
 }
 
-static inline void* panel_at(const Panels& panels, Precision form, int64_t panel) {
-  const int64_t elements = panel * panels.allocated * panels.width;
+static inline void* panel_at(const Panels& panels, Precision form, int64_t panel, int64_t step = 0) {
+  const int64_t elements = (panel * panels.allocated + step) * panels.width;
   const int64_t bytes = form == Precision::float32 ? 4 : 2;
   return static_cast<uint8_t*>(panels.data) + elements * bytes;
 }
@@ -369,17 +388,36 @@ struct Pair {
   int tile_rows;
   int64_t width;
   const Dropout* mask;
+  const LowRank* joined;  // terms that are more features of the last block
+  int64_t joined_count;
 };
 
+// The right factor of a term as the weight that it is.
+static Weight right_factor(const LowRank& term, bool transposed, int64_t outputs) {
+  Weight right;
+  right.data = term.right;
+  right.row_stride = term.right_stride;
+  right.rows = transposed ? term.rank : outputs;
+  right.columns = transposed ? outputs : term.rank;
+  return right;
+}
+
+static Activations left_factor(const LowRank& term) {
+  Activations left;
+  left.data = term.left;
+  left.token_stride = term.left_stride;
+  return left;
+}
+
 static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block& block, int64_t column,
-                           int64_t columns, int64_t k0, int64_t steps) {
+                           int64_t columns, int64_t k0, int64_t steps, int64_t joined = 0) {
   Panels panels;
   panels.data = scratch.panels;
   panels.width = pair.width;
   panels.column = column;
   panels.count = divide_up(columns, pair.width);
   panels.steps = steps;
-  panels.allocated = divide_up(steps, 2) * 2;
+  panels.allocated = divide_up(steps + joined, 2) * 2;
   panels.scales = scratch.panel_scales;
 #ifdef PEFTKERN_VECTOR_FORMS
   if (pair.form == Precision::float16)
@@ -394,17 +432,50 @@ static Panels decode_block(const Pair& pair, const Scratch& scratch, const Block
   return panels;
 }
 
+// Decodes the joined terms behind the features of the last block.
+static void join_panels(const Pair& pair, const Block& block, Panels& panels) {
+  for (int64_t i = 0; i < pair.joined_count; ++i) {
+    const LowRank& term = pair.joined[i];
+    Panels behind = panels;
+    behind.data = panel_at(panels, pair.form, 0, panels.steps);
+    behind.steps = term.rank;
+    decode_form(right_factor(term, pair.transposed, block.output0 + block.outputs), pair.transposed, block.output0, 0,
+                pair.form, behind);
+    panels.steps += joined_steps(term);
+  }
+}
+
+static void join_activations(const Pair& pair, const Scratch& scratch, int64_t token, int rows, int64_t steps) {
+  for (int64_t i = 0; i < pair.joined_count; ++i) {
+    const LowRank& term = pair.joined[i];
+    pack_activations(left_factor(term), scratch.staged, pair.form, token, rows, 0, term.rank,
+                     packed_at(scratch.activations, pair.form, rows, steps), nullptr);
+    steps += joined_steps(term);
+  }
+}
+
+// Blocks of nearly equal length, so that the output is added to as seldom as can be. Vectors of any encoding fit in.
+static int64_t block_length(int64_t features, Precision form) {
+  constexpr int64_t kStep = 32;
+  const int64_t blocks = divide_up(features, form == Precision::bfloat16 ? kPairFeatureBlock : kFeatureBlock);
+  return divide_up(divide_up(features, blocks), kStep) * kStep;
+}
+
 static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
                                    bool accumulate) {
   const int height = tile_height(block.tokens, pair.tile_rows);
-  const int64_t feature_block = pair.form == Precision::bfloat16 ? kPairFeatureBlock : kFeatureBlock;
+  const int64_t feature_block = block_length(features, pair.form);
   for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
     const int64_t steps = minimum(feature_block, features - k0);
-    const Panels panels = decode_block(pair, scratch, block, 0, block.outputs, k0, steps);
+    const bool last = k0 + steps == features;
+    Panels panels = decode_block(pair, scratch, block, 0, block.outputs, k0, steps,
+                                 last ? joined_steps(pair.joined, pair.joined_count) : 0);
+    if (last) join_panels(pair, block, panels);
     for (int64_t row0 = 0; row0 < block.tokens; row0 += height) {
       const int rows = static_cast<int>(minimum(height, block.tokens - row0));
       pack_activations(pair.activations, scratch.staged, pair.form, block.token0 + row0, rows, k0, steps,
                        scratch.activations, scratch.row_scales);
+      if (last) join_activations(pair, scratch, block.token0 + row0, rows, steps);
       multiply_tile(scratch.activations, scratch.row_scales, panels, pair.form, row0, rows, scratch, block, accumulate,
                     pair.mask);
     }
@@ -443,19 +514,12 @@ static void accumulate_pair(const Pair& pair, const Schedule& s, const Scratch& 
 
 static void accumulate_low_rank(const LowRank& term, bool transposed, const Schedule& s, const Scratch& scratch,
                                 const Block& block, bool accumulate) {
-  Activations left;
-  left.data = term.left;
-  left.token_stride = term.left_stride;
-  Weight right;
-  right.data = term.right;
-  right.row_stride = term.right_stride;
-  const int64_t outputs = block.output0 + block.outputs;
-  right.rows = transposed ? term.rank : outputs;
-  right.columns = transposed ? outputs : term.rank;
+  const Activations left = left_factor(term);
+  const Weight right = right_factor(term, transposed, block.output0 + block.outputs);
   const Dropout none;
   const Dropout* mask = dropout_active(term.dropout) ? &term.dropout : nullptr;
-  accumulate_pair({left, right, none, transposed, Precision::float32, kTileRows, s.low_rank_width, mask}, s, scratch,
-                  block, accumulate);
+  accumulate_pair({left, right, none, transposed, Precision::float32, kTileRows, s.low_rank_width, mask, nullptr, 0}, s,
+                  scratch, block, accumulate);
 }
 
 static void keep_outputs(const BitMask& mask, int64_t row, int64_t column, int64_t count, float* values) {
@@ -508,10 +572,11 @@ static void product_task(const Product& p, int64_t task, void* memory) {
     block.tokens = minimum(kTokenBlock, token_end - block.token0);
     block.stride = buffered ? s.panels_per_task * s.width : p.out_stride;
     block.sums = buffered ? scratch.sums : static_cast<float*>(p.out) + block.token0 * p.out_stride + block.output0;
-    for (int64_t i = 0; i < p.low_rank_count; ++i)
-      accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i > 0);
-    accumulate_pair({p.activations, p.weight, p.weight_dropout, p.transposed, s.form, s.tile_rows, s.width, nullptr}, s,
-                    scratch, block, p.low_rank_count > 0);
+    const int64_t apart = s.join_low_rank ? 0 : p.low_rank_count;
+    for (int64_t i = 0; i < apart; ++i) accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i > 0);
+    accumulate_pair({p.activations, p.weight, p.weight_dropout, p.transposed, s.form, s.tile_rows, s.width, nullptr,
+                     p.low_rank, p.low_rank_count - apart},
+                    s, scratch, block, apart > 0);
     finish(p, block);
   }
 }
