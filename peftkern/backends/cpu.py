@@ -392,12 +392,16 @@ def _forward(
     if x.shape[0] == 0:
         return y, h
     turned = _as_it_lies(weight, mask)
+    precision = _factor_precision(x.dtype)
     low_rank, alive = [], []
     for index, columns in enumerate(splits):
-        lora_A = _float32(adapters.lora_A[index])
         lora_B = _float32(adapters.lora_B[index] if turned is None else adapters.lora_B[index].t())
-        _product(x, _dense_tuple(lora_A), h[:, columns], dropout=masks[index], alpha=adapters.scaling[index])
-        low_rank.append((h[:, columns].data_ptr(), _row_stride(h), *_factor(lora_B, lora_A.shape[0]), _NO_DROPOUT))
+        lora_A = adapters.lora_A[index].detach().to(torch.bfloat16 if precision == BFLOAT16 else torch.float32)
+        lora_A = lora_A.resolve_neg().contiguous()
+        factor_options: dict[str, Any] = {"alpha": adapters.scaling[index], "precision": precision}
+        _product(x, _dense_tuple(lora_A), h[:, columns], dropout=masks[index], **factor_options)
+        rank = columns.stop - columns.start
+        low_rank.append((h[:, columns].data_ptr(), _row_stride(h), *_factor(lora_B, rank), _NO_DROPOUT))
         alive.append(lora_B)
     weight_tuple, weight_alive = _weight_tuple(weight if turned is None else turned)
     options: dict[str, Any] = {"low_rank": low_rank, "precision": product_precision(x.dtype, chosen_isa())}
@@ -405,6 +409,12 @@ def _forward(
     _product(x, weight_tuple, y, mask=mask, transposed=turned is not None, bias=bias, **options)
     del alive, weight_alive
     return y, h
+
+
+def _factor_precision(dtype: torch.dtype) -> int:
+    """Of products of activations with a factor or with what became of one: bfloat16 where the activations are."""
+    precision = product_precision(dtype, chosen_isa())
+    return precision if precision == BFLOAT16 and dtype == torch.bfloat16 else FLOAT32
 
 
 def _factor(matrix: Tensor, rank: int) -> tuple[int, int, int]:
@@ -480,7 +490,8 @@ def _inner_gradients(grad: Tensor, adapters: Adapters) -> Tensor:
     g = grad.new_empty(grad.shape[0], splits[-1].stop if splits else 0, dtype=torch.float32)
     for index, columns in enumerate(splits):
         lora_B = _float32(adapters.lora_B[index])
-        _product(grad, _dense_tuple(lora_B), g[:, columns], transposed=True, alpha=adapters.scaling[index])
+        options: dict[str, Any] = {"alpha": adapters.scaling[index], "precision": _factor_precision(grad.dtype)}
+        _product(grad, _dense_tuple(lora_B), g[:, columns], transposed=True, **options)
     return g
 
 
@@ -503,7 +514,10 @@ def _skinny_gradient(left: Tensor, right: Tensor, dropout: tuple[int, int, float
     """``leftᵀ dropout(right)``, [r, features] float32, the sum running over tokens."""
     right = _rows(right)
     out = left.new_empty(left.shape[1], right.shape[1])
-    _product(left, _dense_tuple(right), out, transposed=True, turned=True, weight_dropout=dropout)
+    # panels under dropout are float32
+    precision = _factor_precision(right.dtype) if dropout[2] == 0.0 else FLOAT32
+    options: dict[str, Any] = {"weight_dropout": dropout, "precision": precision}
+    _product(left, _dense_tuple(right), out, transposed=True, turned=True, **options)
     return out
 
 

@@ -7,6 +7,8 @@
 //
 #include "cpu/isa/panels.inl.h"
 //
+#include "cpu/isa/narrow.inl.h"
+//
 #include "cpu/isa/product.inl.h"
 //
 #include "cpu/isa/quantize.inl.h"

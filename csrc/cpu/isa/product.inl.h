@@ -15,8 +15,7 @@ constexpr int64_t kFewFeatureBlock = 128;    // one tile of tokens, weight reduc
 constexpr int64_t kFewRowBlock = 32;         // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
                                              // so that a row is decoded in one sweep over its cache lines
 constexpr int64_t kLongestPacked = 1 << 15;  // terms of one tile that are packed at once: 2 MB of scratch
-constexpr int64_t kTokenBlock = 2048;   // bounds the scratch for 16-bit outputs; the weight is decoded once per block
-constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up to lose little
+constexpr int64_t kTokenBlock = 2048;  // bounds the scratch for 16-bit outputs; the weight is decoded once per block
 // A task packs its activations and decodes its part of the weight for itself, so it should be large in both. Where a
 // narrow weight meets many tokens, splitting the tokens costs less: decoding is cheap beside 128 tokens of arithmetic,
 // packing an activation is not beside 64 outputs.
@@ -548,16 +547,25 @@ static void finish(const Product& p, const Block& block) {
 }
 
 static int64_t product_tasks(const Product& p) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (const Narrow kind = narrow_kind(p); kind != Narrow::no) return narrow_tasks(p, kind);
+#endif
   const Schedule s = make_schedule(p);
   return s.output_tasks * s.token_tasks;
 }
 
 static size_t product_scratch(const Product& p) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (const Narrow kind = narrow_kind(p); kind != Narrow::no) return narrow_scratch(p, kind);
+#endif
   Scratch unused;
   return carve(p, make_schedule(p), nullptr, &unused);
 }
 
 static void product_task(const Product& p, int64_t task, void* memory) {
+#ifdef PEFTKERN_VECTOR_FORMS
+  if (const Narrow kind = narrow_kind(p); kind != Narrow::no) return narrow_task(p, kind, task, memory);
+#endif
   const Schedule s = make_schedule(p);
   Scratch scratch;
   carve(p, s, memory, &scratch);

@@ -10,6 +10,8 @@ static inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kTasksPerThread = 4;  // enough for a thread that is held up to lose little
+
 struct TileArguments {
   const void* activations;
   const void* panel;
