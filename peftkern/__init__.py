@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from peftkern.integrations import orpo_loss as orpo_loss
     from peftkern.integrations import quantize_ as quantize_
     from peftkern.integrations import token_logprobs as token_logprobs
+    from peftkern.nn import QuantizedEmbedding as QuantizedEmbedding
     from peftkern.nn import QuantizedLinear as QuantizedLinear
     from peftkern.select.cofitune import CoFiTune as CoFiTune
     from peftkern.select.freeze_as_guard import FreezeAsGuard as FreezeAsGuard
@@ -54,6 +55,7 @@ _LAZY = {
     "PreferenceLoss": "peftkern.integrations",
     "Preset": "peftkern.select.presets",
     "QuantConfig": "peftkern.integrations",
+    "QuantizedEmbedding": "peftkern.nn",
     "QuantizedLinear": "peftkern.nn",
     "RandomSelection": "peftkern.select.random_selection",
     "attend_by_example": "peftkern.integrations",
@@ -87,6 +89,7 @@ __all__ = [
     "PreferenceLoss",
     "Preset",
     "QuantConfig",
+    "QuantizedEmbedding",
     "QuantizedLinear",
     "QuantizedTensor",
     "RandomSelection",

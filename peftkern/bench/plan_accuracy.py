@@ -108,7 +108,8 @@ def build_real(config: Any, call: Mapping[str, Any]) -> Any:
         model.config.use_cache = False
         quantization = options["quantization"] or ("none" if method == "full" else "nf4")
         if quantization != "none":
-            peftkern.quantize_(model, peftkern.QuantConfig(quantization))
+            embeddings, head = options.get("embeddings"), options.get("head")
+            peftkern.quantize_(model, peftkern.QuantConfig(quantization, embeddings=embeddings, head=head))
         model = _ATTACH[method](model, options)
     if options["patched"]:
         peftkern.patch(model, logits=options.get("logits", True), recompute=options.get("recompute"))

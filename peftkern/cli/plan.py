@@ -28,6 +28,12 @@ def plan(
     ] = None,
     block_size: Annotated[int, typer.Option(help="Weights for each scale.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Scales are quantized as well.")] = True,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Format of the embeddings, as int8. [default: dense]", show_default=False)
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Format of the head, as int8. [default: dense]", show_default=False)
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="[default: float32 on the CPU, else bfloat16]", show_default=False)
     ] = None,
@@ -71,6 +77,8 @@ def plan(
             quantization=quantization,
             block_size=block_size,
             double_quant=double_quant,
+            embeddings=embeddings,
+            head=head,
             dtype=dtype,
             batch=batch,
             length=length,

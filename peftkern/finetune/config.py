@@ -15,7 +15,8 @@ from peftkern.finetune.methods import METHODS
 from peftkern.finetune.selections import SELECTIONS
 from peftkern.formats import BLOCK_SIZES
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+FORMATS = ("nf4", "fp4", "int8")
+QUANTIZATIONS = (*FORMATS, "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 ALL_LINEAR = "all-linear"
@@ -90,6 +91,10 @@ class FinetuneConfig:
     quantization: str = _setting("nf4", "Format of the frozen weights.", MODEL, QUANTIZATIONS)
     block_size: int = _setting(64, "Weights per scale: a power of two from 32 to 4096.", MODEL)
     double_quant: bool = _setting(True, "Quantize the scales as well.", MODEL)
+    embeddings: str | None = _setting(
+        None, "Format of the embeddings, and of a head that is tied to them.", MODEL, FORMATS
+    )
+    head: str | None = _setting(None, "Format of the head.", MODEL, FORMATS)
     dtype: str = _setting(
         "auto", "Of activations and dense weights; auto: bfloat16 on a GPU, else float32.", MODEL, DTYPES
     )
@@ -132,6 +137,8 @@ class FinetuneConfig:
                 f"--method {self.method} trains the weights themselves, and --quantization {self.quantization} freezes "
                 "them; add --quantization none"
             )
+        if self.quantization == "none" and not self.embeddings is self.head is None:
+            raise InputError("--embeddings and --head are quantized along with the layers; drop --quantization none")
         self._check_selection()
         if not self.target_module_names:
             raise InputError(f"--target-modules must be {ALL_LINEAR} or names with commas between, got an empty list")

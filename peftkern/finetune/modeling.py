@@ -127,20 +127,27 @@ def _load_quantized(config: FinetuneConfig, source: ModelSource, model_config: A
     existing = getattr(model_config, "quantization_config", None)
     if existing is not None:
         method = existing.get("quant_method") if isinstance(existing, dict) else existing.quant_method
+        if not config.embeddings is config.head is None:
+            raise InputError("--embeddings, --head: the checkpoint is quantized already, and stays what it is")
         model = _from_pretrained(AutoModelForCausalLM, source, config=model_config, **options)
         return model, f"as the checkpoint has it ({getattr(method, 'value', method)})"
     if config.quantization != "none":
         double_quant = config.double_quant and config.quantization != "int8"
-        options["quantization_config"] = QuantConfig(config.quantization, config.block_size, double_quant)
+        options["quantization_config"] = QuantConfig(
+            config.quantization, config.block_size, double_quant, embeddings=config.embeddings, head=config.head
+        )
     model = _from_pretrained(AutoModelForCausalLM, source, **options)
     return model, _describe_quantization(config)
 
 
 def _describe_quantization(config: FinetuneConfig) -> str:
     if config.quantization in ("none", "int8"):
-        return config.quantization
-    scales = ", scales quantized as well" if config.double_quant else ""
-    return f"{config.quantization}, blocks of {config.block_size}{scales}"
+        described = config.quantization
+    else:
+        scales = ", scales quantized as well" if config.double_quant else ""
+        described = f"{config.quantization}, blocks of {config.block_size}{scales}"
+    ends = {"embeddings": config.embeddings, "head": config.head}
+    return "; ".join([described, *(f"{name} {format}" for name, format in ends.items() if format is not None)])
 
 
 def _dtype(name: str) -> Any:

@@ -113,11 +113,13 @@ class QuantizedTensor:
         nested = self.double_quantization
         if nested is None:
             return self.scales
-        codes = self.scales.reshape(-1)
-        absmax = nested.absmax.repeat_interleave(nested.block_size)[: codes.numel()]
+        absmax = nested.absmax.repeat_interleave(nested.block_size)[: self.scales.numel()]
+        return self._decode_scales(self.scales, absmax, nested.offset)
+
+    def _decode_scales(self, codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
         # The product is rounded to float32 before the offset is added: a fused multiply-add would change bits.
-        values = codebook("int8_blockwise", self.device).index_select(0, codes.int()).mul_(absmax).add_(nested.offset)
-        return values.view(self.scales.shape)
+        values = codebook("int8_blockwise", self.device).index_select(0, codes.reshape(-1).int())
+        return values.mul_(absmax.reshape(-1)).add_(offset).view(codes.shape)
 
     @property
     def has_own_rows(self) -> bool:
@@ -140,6 +142,23 @@ class QuantizedTensor:
             )
         packed, scales = self.packed[first:end], self.scales[first:end]
         return replace(self, packed=packed, scales=scales, shape=torch.Size((len(packed), self.shape[1])))
+
+    def take(self, rows: Tensor) -> QuantizedTensor:
+        """A copy of the rows of a matrix that have these indices, [count]; their scales are plain.
+
+        Raises:
+            ValueError: rows share blocks (`has_own_rows`).
+        """
+        if not self.has_own_rows:
+            raise ValueError("take: rows must be whole blocks; dequantize the whole, or see has_own_rows")
+        packed, scales = self.packed.index_select(0, rows), self.scales.index_select(0, rows)
+        nested = self.double_quantization
+        if nested is not None:
+            first = rows[:, None] * self.scales.shape[1]
+            places = first + torch.arange(self.scales.shape[1], device=self.device)
+            scales = self._decode_scales(scales, nested.absmax[places // nested.block_size], nested.offset)
+        shape = torch.Size((packed.shape[0], self.shape[1]))
+        return replace(self, packed=packed, scales=scales, shape=shape, double_quantization=None)
 
     def validate(self) -> None:
         """Check that the fields fit together. Looks at types, shapes and devices, never at the data.

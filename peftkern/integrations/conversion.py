@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats import QuantizedTensor
 from peftkern.formats.bitsandbytes import read_weight
-from peftkern.nn import QuantizedLinear
+from peftkern.nn import quantized_class
 from peftkern.ops.quantize import quantize
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class QuantizeWeight(_Operation):
             if not self.hf_quantizer.param_needs_quantization(model, name):
                 result[name] = tensor
                 continue
-            module = model.get_submodule(name.rpartition(".")[0])
+            module_name = name.rpartition(".")[0]
+            module = model.get_submodule(module_name)
             dense = tensor.t().contiguous() if isinstance(module, Conv1D) else tensor
             try:
-                quantized = quantize(dense, **self.hf_quantizer.quantization_config.quantize_arguments)
+                arguments = self.hf_quantizer.quantization_config.arguments_for(self.hf_quantizer.chosen[module_name])
+                result[name] = _convert_(module, quantize(dense, **arguments))
             except (ValueError, TypeError) as error:
                 self.hf_quantizer.errors.append(f"{name}: {error}")
-                continue
-            result[name] = _convert_(module, quantized)
             self.hf_quantizer.pages.release(tensor)
         return result
 
@@ -105,14 +105,14 @@ def _dense_dtype(model: Any, name: str) -> torch.dtype:
 
 
 def _convert_(module: nn.Module, quantized: QuantizedTensor) -> Tensor:
-    converted = QuantizedLinear.convert_(module, quantized)
+    converted = quantized_class(module).convert_(module, quantized)
     for buffer in converted.buffers(recurse=False):
         buffer._is_hf_initialized = True  # type: ignore[attr-defined]  # or remote code may initialize the layer again
     return converted.weight
 
 
 def _read_module_(module: nn.Module, weight: Tensor, companions: Mapping[str, Tensor], key: str) -> Tensor:
-    if type(module) not in (nn.Linear, Conv1D):
+    if type(module) not in (nn.Linear, nn.Embedding, Conv1D):
         raise ValueError(f"is quantized, but the model has a {type(module).__name__} there, which only exists dense")
     dense = module.weight
     assert isinstance(dense, Tensor)

@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peftkern.formats import BLOCK_SIZES, FORMATS
 from peftkern.integrations.registration import METHOD
 
-_FIELDS = ("format", "block_size", "double_quant", "skip_modules")
+_FIELDS = ("format", "block_size", "double_quant", "skip_modules", "embeddings", "head")
 
 
 class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -33,6 +33,10 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "model.layers.0". ``None`` skips the output embeddings and other heads; a list stands in place of that
             default. Weights that are tied to another module, and those that the model keeps in float32, always stay
             dense.
+        embeddings: format of the input embeddings, of which the rows of a batch's tokens are decoded; ``None`` leaves
+            them dense. A head that is tied to them stays tied: one packed tensor serves both.
+        head: format of the output embeddings (``lm_head``); ``None`` is what ``skip_modules`` says. Of tied ones, this
+            and ``embeddings`` mean the same.
 
     Raises:
         ValueError: a field has a value outside of what is listed here.
@@ -45,9 +49,16 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         block_size: int = 64,
         double_quant: bool = True,
         skip_modules: Sequence[str] | None = None,
+        embeddings: str | None = None,
+        head: str | None = None,
     ) -> None:
         if format not in FORMATS:
             raise ValueError(f"QuantConfig: format must be one of {', '.join(sorted(FORMATS))}; got {format!r}")
+        for name, value in {"embeddings": embeddings, "head": head}.items():
+            if value is not None and value not in FORMATS:
+                raise ValueError(
+                    f"QuantConfig: {name} must be None or one of {', '.join(sorted(FORMATS))}; got {value!r}"
+                )
         if type(block_size) is not int or block_size not in BLOCK_SIZES:
             raise ValueError(f"QuantConfig: block_size must be one of {sorted(BLOCK_SIZES)}, got {block_size!r}")
         if not isinstance(double_quant, bool):
@@ -57,15 +68,17 @@ class QuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.block_size = block_size
         self.double_quant = double_quant
         self.skip_modules = None if skip_modules is None else _check_names(skip_modules)
+        self.embeddings, self.head = embeddings, head
 
     @property
     def quantize_arguments(self) -> dict[str, Any]:
         """Keyword arguments of :func:`peftkern.ops.quantize`."""
-        return {
-            "format": self.format,
-            "block_size": self.block_size,
-            "double_quant": self.double_quant and self.format != "int8",
-        }
+        return self.arguments_for(self.format)
+
+    def arguments_for(self, format: str) -> dict[str, Any]:
+        """Those of a module in this format."""
+        double_quant = self.double_quant and format != "int8"
+        return {"format": format, "block_size": self.block_size, "double_quant": double_quant}
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

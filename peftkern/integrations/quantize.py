@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -12,13 +12,13 @@ from peftkern.integrations.quant_config import QuantConfig
 from peftkern.integrations.quantizer import PeftkernQuantizer, model_bytes
 from peftkern.integrations.registration import METHOD
 from peftkern.integrations.report import QuantizeReport
-from peftkern.integrations.selection import pretrained_models, select_linears
-from peftkern.nn import QuantizedLinear
+from peftkern.integrations.selection import pretrained_models, select_modules
+from peftkern.nn import QuantizedEmbedding, TiedQuantizedLinear, quantized_class
 from peftkern.ops.quantize import quantize
 
 
 def quantize_(model: nn.Module, config: QuantConfig) -> QuantizeReport:
-    """Turn the linear layers of ``model``, in place, into quantized ones.
+    """Turn the linear layers of ``model``, in place, into quantized ones; embeddings as well where ``config`` says so.
 
     The layers, their names, hooks and biases stay the objects they are. A transformers model can then be trained with
     adapters, saved and loaded as if ``from_pretrained`` had quantized it. In a PEFT model, base layers are quantized
@@ -39,21 +39,29 @@ def quantize_(model: nn.Module, config: QuantConfig) -> QuantizeReport:
     Raises:
         TypeError: ``model`` is not a module or ``config`` not a ``QuantConfig``.
         ValueError: a weight that would be quantized has NaN or infinite values, another dtype than float32, bfloat16
-            and float16, or is on the meta device; or another method has quantized the model. The model is as before.
+            and float16, or is on the meta device; embeddings whose rows share blocks; or another method has quantized
+            the model. The model is as before.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(config, QuantConfig):
         raise TypeError(f"quantize_: config must be a peftkern.QuantConfig, got {type(config).__name__}")
     _check_other_quantizer(model)
-    selection = select_linears(model, config.skip_modules)
+    selection = select_modules(model, config)
     report = QuantizeReport(config.format, selection.chosen, selection.skipped, model_bytes(model))
     modules = {name: model.get_submodule(name) for name in selection.chosen}
     for name, module in modules.items():
         _check_module(name, module)
-    quantized = {name: _quantize_weight(name, module, config) for name, module in modules.items()}
+    quantized = {
+        name: _quantize_weight(name, module, config.arguments_for(selection.chosen[name]))
+        for name, module in modules.items()
+    }
     for name, module in modules.items():
-        QuantizedLinear.convert_(module, quantized.pop(name))
+        quantized_class(module).convert_(module, quantized.pop(name))
+    if selection.tied is not None:
+        embeddings, head = selection.tied
+        TiedQuantizedLinear.tie_(model.get_submodule(head), cast(QuantizedEmbedding, model.get_submodule(embeddings)))
+        report.formats[head] = report.formats[embeddings]
     if report.quantized:
         _mark_as_quantized(model, config, report)
     report.bytes_after = model_bytes(model)
@@ -84,14 +92,16 @@ def _check_module(name: str, module: nn.Module) -> None:
         )
 
 
-def _quantize_weight(name: str, module: nn.Module, config: QuantConfig) -> QuantizedTensor:
+def _quantize_weight(name: str, module: nn.Module, arguments: dict[str, Any]) -> QuantizedTensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     dense = weight.detach().t().contiguous() if isinstance(module, Conv1D) else weight.detach()
     try:
-        return quantize(dense, **config.quantize_arguments)
+        quantized = quantize(dense, **arguments)
+        quantized_class(module).check(quantized)
     except (ValueError, TypeError) as error:
         raise ValueError(f"quantize_: {name}.weight: {error}") from error
+    return quantized
 
 
 def _mark_as_quantized(model: nn.Module, config: QuantConfig, report: QuantizeReport) -> None:

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from peftkern.formats.bitsandbytes import COMPANION_KEYS
 from peftkern.integrations.mapped_file import FilePages
 from peftkern.integrations.report import QuantizeReport
-from peftkern.nn import QuantizedLinear
+from peftkern.nn import QuantizedEmbedding, QuantizedModule, TiedQuantizedLinear
 from peftkern.nn.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: QuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.chosen: frozenset[str] = frozenset()
+        self.chosen: dict[str, str] = {}
         self.errors: list[str] = []
         self.pages = FilePages()
         self.report = QuantizeReport(quantization_config.format)
@@ -69,12 +69,12 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
         return name == "weight" and module_name in self.chosen
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        from peftkern.integrations.selection import select_linears
+        from peftkern.integrations.selection import select_modules
 
-        selection = select_linears(model, self.quantization_config.skip_modules)
-        self.chosen = frozenset(selection.chosen)
+        selection = select_modules(model, self.quantization_config)
+        self.chosen = selection.chosen
         self.report = QuantizeReport(self.quantization_config.format, skipped=selection.skipped)
-        self.report.bytes_before = model_bytes(model)
+        self.report.bytes_before = model_bytes(model) - _bytes_to_be_tied(model)
 
     def get_quantize_ops(self) -> Any:
         from peftkern.integrations.conversion import QuantizeWeight
@@ -94,11 +94,12 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
         self._forget_load_operations(model)
         if not self.pre_quantized:
             _release_checkpoint_file(model, self.pages)
-        modules = dict(model.named_modules())
-        self.report.quantized = [name for name, module in modules.items() if isinstance(module, QuantizedLinear)]
-        for name in self.report.quantized:
+        _tie_head(model)
+        modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedModule)}
+        self.report.formats = {name: module.quantized.format for name, module in modules.items()}
+        for name in self.report.formats:
             self.report.skipped.pop(name, None)
-        for name in self.chosen.difference(self.report.quantized):
+        for name in self.chosen.keys() - self.report.formats.keys():
             self.report.skipped[name] = "dense in the checkpoint" if self.pre_quantized else "not in the checkpoint"
         self.report.bytes_after = model_bytes(model)
         logger.info("%s", self.report)
@@ -117,7 +118,7 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for module in list(model.modules()):
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, QuantizedModule):
                 module.dequantize_(dtype)
         return model
 
@@ -135,6 +136,13 @@ class PeftkernQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
+def _tie_head(model: Any) -> None:
+    """A head to which transformers has given the codes of the embeddings gets their scales as well."""
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embeddings, QuantizedEmbedding) and type(head) is nn.Linear and head.weight is embeddings.weight:
+        TiedQuantizedLinear.tie_(head, embeddings)
+
+
 def _release_checkpoint_file(model: nn.Module, pages: FilePages) -> None:
     """Copy the tensors that stayed dense out of the checkpoint's mapped file.
 
@@ -144,6 +152,13 @@ def _release_checkpoint_file(model: nn.Module, pages: FilePages) -> None:
         if tensor.device.type == "cpu" and not isinstance(tensor, PackedWeight):
             tensor.data = pages.copy_out(tensor.data)
     pages.flush()
+
+
+def _bytes_to_be_tied(model: Any) -> int:
+    """Bytes of the parameters that transformers will replace by others when it has loaded those."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    pairs = [(parameters[name], parameters[source]) for name, source in model.all_tied_weights_keys.items()]
+    return sum(target.nbytes for target, source in pairs if target is not source)
 
 
 def model_bytes(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""Which linear modules of a model are quantized, and why the others are not."""
+"""Which modules of a model are quantized, and why the others are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.nn import QuantizedLinear
+from peftkern.integrations.quant_config import QuantConfig
+from peftkern.nn import QuantizedEmbedding, QuantizedLinear
 from peftkern.patch.experts import holds_packed_experts
 
 logger = logging.getLogger("peftkern")
@@ -21,29 +22,128 @@ logger = logging.getLogger("peftkern")
 
 @dataclass
 class Selection:
-    """Names of the modules to quantize, in the order of the model; of the others, by name, why they stay dense."""
+    """What to quantize.
 
-    chosen: list[str] = field(default_factory=list)
+    Attributes:
+        chosen: names of the modules to quantize, in the order of the model, and their formats.
+        skipped: names of the other modules, and why they stay dense.
+        tied: names of the embeddings in ``chosen`` and of the head that has its weight from them.
+    """
+
+    chosen: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    tied: tuple[str, str] | None = None
 
 
-def select_linears(model: nn.Module, skip_modules: Sequence[str] | None) -> Selection:
-    """Apply the rules to every ``nn.Linear`` (and GPT-2's ``Conv1D``, the same layer with a transposed weight).
+@dataclass
+class _Ends:
+    """The input and the output embeddings of a model, beneath adapters, by name; ``None`` where it has none."""
+
+    embeddings: str | None = None
+    head: str | None = None
+    tied: bool = False
+
+
+def select_modules(model: nn.Module, config: QuantConfig) -> Selection:
+    """Apply the rules to every ``nn.Linear`` (and GPT-2's ``Conv1D``, the same layer with a transposed weight), and to
+    the input embeddings where ``config`` asks for it.
 
     Args:
         model: any module; it may be on the meta device.
-        skip_modules: as in :class:`~peftkern.integrations.quant_config.QuantConfig`.
+        config: formats and skip rules.
+
+    Raises:
+        ValueError: ``config`` asks for embeddings or a head of something that is no transformers model, or for
+            different formats of tied ones.
     """
+    ends = _ends(model, config)
     selection = Selection()
+    _select_embeddings(model, config, ends, selection)
+    _select_linears(model, config, ends, selection)
+    order = {name: position for position, (name, _) in enumerate(model.named_modules())}
+    selection.chosen = dict(sorted(selection.chosen.items(), key=lambda item: order[item[0]]))
+    return selection
+
+
+def _ends(model: nn.Module, config: QuantConfig) -> _Ends:
+    if config.embeddings is None and config.head is None:
+        return _Ends()
+    pretrained = next(pretrained_models(model), None)
+    if pretrained is None:
+        raise ValueError(f"embeddings and head: {type(model).__name__} is no model of transformers, which has them")
+    modules = [pretrained.get_input_embeddings(), pretrained.get_output_embeddings()]
+    embeddings, head = (getattr(module, "base_layer", module) for module in modules)
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = _Ends(names.get(id(embeddings)), names.get(id(head)))
+    ends.tied = head is not None and _are_tied(pretrained, embeddings, head)
+    if ends.tied and None not in (config.embeddings, config.head) and config.embeddings != config.head:
+        raise ValueError(
+            f"embeddings and head must have one format, because they are tied; got {config.embeddings!r} and "
+            f"{config.head!r}"
+        )
+    return ends
+
+
+def _are_tied(pretrained: Any, embeddings: Any, head: Any) -> bool:
+    weights = [getattr(module, "weight", None) for module in (embeddings, head)]
+    if weights[0] is weights[1]:
+        return True
+    names = {id(parameter): name for name, parameter in pretrained.named_parameters(remove_duplicate=False)}
+    tied = pretrained.all_tied_weights_keys
+    return bool(tied.get(names.get(id(weights[1])), "") == names.get(id(weights[0])))
+
+
+def _select_embeddings(model: nn.Module, config: QuantConfig, ends: _Ends, selection: Selection) -> None:
+    format = config.embeddings or (config.head if ends.tied else None)
+    if format is None or ends.embeddings is None:
+        return
+    module: Any = model.get_submodule(ends.embeddings)
+    if isinstance(module, QuantizedEmbedding):
+        reason = f"quantized before, in {module.format}"
+    elif type(module) is not nn.Embedding:
+        reason = f"a layer of its own kind, {type(module).__name__}"
+    elif module.max_norm is not None:
+        reason = "its weight changes on look-ups (max_norm)"
+    elif id(module) in adapter_ids(model):
+        reason = "part of an adapter"
+    elif _holders(model, module.weight) > 1 + ends.tied:
+        reason = "tied to several modules"
+    elif matches(ends.embeddings, _float32_names(model)):
+        reason = "kept in float32 by the model"
+    elif matches(ends.embeddings, config.skip_modules or ()):
+        reason = "in skip_modules"
+    else:
+        selection.chosen[ends.embeddings] = format
+        selection.tied = (ends.embeddings, ends.head) if ends.tied and ends.head is not None else None
+        return
+    selection.skipped[ends.embeddings] = reason
+
+
+def _holders(model: nn.Module, weight: Any) -> int:
+    """How many modules hold ``weight``, or will when transformers has tied them."""
+    holders = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight}
+    for pretrained in pretrained_models(model):
+        names = {id(parameter): name for name, parameter in pretrained.named_parameters(remove_duplicate=False)}
+        own = names.get(id(weight))
+        prefix = next(name for name, module in model.named_modules() if module is pretrained)
+        tied = [target for target, source in pretrained.all_tied_weights_keys.items() if source == own]
+        holders |= {f"{prefix}.{name}".removeprefix(".") for name in tied}
+    return len(holders)
+
+
+def _select_linears(model: nn.Module, config: QuantConfig, ends: _Ends, selection: Selection) -> None:
+    skip_modules = config.skip_modules
     heads = head_ids(model) if skip_modules is None else set()
+    if config.head is not None and ends.head is not None:
+        heads.discard(id(model.get_submodule(ends.head)))
     tied, adapters, kept_dense = _tied_ids(model), adapter_ids(model), _float32_names(model)
     for name, module in model.named_modules():
         if holds_packed_experts(module):
             selection.skipped[name] = "packed experts, which only exist dense"
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if not isinstance(module, (nn.Linear, Conv1D)) or name in (selection.tied or ()):
             continue
         if isinstance(module, QuantizedLinear):
-            reason = f"quantized before, in {module.format}"
+            reason = f"quantized before, in {module.quantized.format}"
         elif type(module) not in (nn.Linear, Conv1D):
             reason = f"a layer of its own kind, {type(module).__name__}"
         elif id(module) in adapters:
@@ -57,11 +157,10 @@ def select_linears(model: nn.Module, skip_modules: Sequence[str] | None) -> Sele
         elif matches(name, skip_modules or ()):
             reason = "in skip_modules"
         else:
-            selection.chosen.append(name)
+            selection.chosen[name] = config.head if config.head is not None and name == ends.head else config.format
             continue
         selection.skipped[name] = reason
     _warn_of_unused_names(model, skip_modules or ())
-    return selection
 
 
 def matches(name: str, entries: Iterable[str]) -> bool:

@@ -85,7 +85,7 @@ class MaskedQuantizedLinear(_Masked, QuantizedLinear):
 
     def dequantize_(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """Turn the module, itself, into a `MaskedLinear`, whose weight stays frozen."""
-        dense = super().dequantize_(dtype)
+        dense: nn.Linear = super().dequantize_(dtype)
         dense.__class__ = MaskedLinear
         return dense
 

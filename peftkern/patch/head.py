@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftkern.nn.quantized_linear import QuantizedLinear
+from peftkern.nn.quantized_linear import QuantizedLinear, TiedQuantizedLinear
 from peftkern.ops.lora_linear import Adapters, Weight, lora_linear
 from peftkern.patch.arguments import (
     LayerArguments,
@@ -106,7 +106,7 @@ def _check_not_watched(layer: nn.Module) -> None:
 
 def _weight(layer: Any) -> Weight:
     layer_class = original_class(type(layer))
-    if layer_class is QuantizedLinear:
+    if layer_class in (QuantizedLinear, TiedQuantizedLinear):
         return layer.quantized  # type: ignore[no-any-return]
     if layer_class is not nn.Linear:
         raise NotFused(f"its head is a {layer_class.__qualname__}, not a plain linear layer")

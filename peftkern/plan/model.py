@@ -137,19 +137,35 @@ def _quantize(model: Any, options: Options) -> int:
     from transformers.pytorch_utils import Conv1D
 
     from peftkern.integrations import QuantConfig
-    from peftkern.integrations.selection import select_linears
-    from peftkern.nn import QuantizedLinear
+    from peftkern.integrations.selection import select_modules
+    from peftkern.nn import QuantizedLinear, TiedQuantizedLinear, quantized_class
 
-    double_quant = options.double_quant and options.quantization != "int8"
-    arguments = QuantConfig(options.quantization, options.block_size, double_quant).quantize_arguments
+    config = QuantConfig(
+        options.quantization,
+        options.block_size,
+        options.double_quant,
+        embeddings=options.embeddings,
+        head=options.head,
+    )
     largest = 0
-    for name in select_linears(model, None).chosen:
+    try:
+        selection = select_modules(model, config)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    for name, format in selection.chosen.items():
         layer = model.get_submodule(name)
         shape = tuple(layer.weight.shape)
-        out_features, in_features = reversed(shape) if isinstance(layer, Conv1D) else shape
+        rows, columns = reversed(shape) if isinstance(layer, Conv1D) else shape
         largest = max(largest, layer.weight.nbytes)
-        empty = QuantizedLinear.empty(in_features, out_features, False, layer.weight.dtype, **arguments, device="meta")
-        QuantizedLinear.convert_(layer, empty.quantized)
+        arguments = config.arguments_for(format)
+        empty = QuantizedLinear.empty(columns, rows, False, layer.weight.dtype, **arguments, device="meta")
+        try:
+            quantized_class(layer).convert_(layer, empty.quantized)
+        except ValueError as error:
+            raise PlanError(f"{name}: {error}") from error
+    if selection.tied is not None:
+        embeddings, head = map(model.get_submodule, selection.tied)
+        TiedQuantizedLinear.tie_(head, embeddings)
     return largest
 
 

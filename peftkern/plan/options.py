@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from peftkern.plan.errors import PlanError
 
 METHODS = ("lora", "full", "sparse")
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
+FORMATS = ("nf4", "fp4", "int8")
+QUANTIZATIONS = (*FORMATS, "none")
 OPTIMIZERS = ("AdamW", "AdamW8bit", "SGD")
 RECOMPUTE = ("mlp", "up")
 LAYER_WORDS = ("layer", "mlp", "up", "store")
@@ -32,6 +33,8 @@ class Options:
     quantization: str
     block_size: int
     double_quant: bool
+    embeddings: str | None
+    head: str | None
     dtype: str
     batch: int
     length: int
@@ -45,6 +48,8 @@ class Options:
     def __post_init__(self) -> None:
         choices = {
             "quantization": QUANTIZATIONS,
+            "embeddings": (*FORMATS, None),
+            "head": (*FORMATS, None),
             "optimizer": OPTIMIZERS,
             "dtype": DTYPES,
             "method": (*METHODS, None),
@@ -67,6 +72,8 @@ class Options:
             raise PlanError(
                 f"method='full' trains the weights, which must be dense; got quantization={self.quantization!r}"
             )
+        if self.quantization == "none" and not self.embeddings is self.head is None:
+            raise PlanError("embeddings and head are quantized along with the layers; give a quantization")
         if not self.patched and (not self.logits or self.recompute is not None):
             raise PlanError("logits=False and recompute are forms of the patched model; leave patched=True")
         if self.method is None and (not self.logits or self.recompute is not None or self.quantization != "none"):

@@ -25,6 +25,8 @@ def plan(
     quantization: str | None = None,
     block_size: int = 64,
     double_quant: bool = True,
+    embeddings: str | None = None,
+    head: str | None = None,
     dtype: str | torch.dtype | None = None,
     batch: int | None = None,
     length: int | None = None,
@@ -63,7 +65,7 @@ def plan(
         rank, target_modules: of the adapters; ``target_modules`` of sparse deltas as well.
         density: of sparse deltas, as a share of the entries of the layers that have some.
         quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"none"``. ``None``: nf4, and none for ``"full"``.
-        block_size, double_quant: as in `peftkern.QuantConfig`.
+        block_size, double_quant, embeddings, head: as in `peftkern.QuantConfig`.
         dtype: of the weights that are not quantized, and of activations. ``None``: float32 on the CPU, else bfloat16.
         batch, length: of the token ids, [batch, length]. ``None``: 1 and 1024, or what a budget allows.
         gradient_checkpointing: of every layer, not in the reentrant way.
@@ -92,6 +94,8 @@ def plan(
         quantization=quantization or ("none" if given in ("full", None) else "nf4"),
         block_size=block_size,
         double_quant=double_quant,
+        embeddings=embeddings,
+        head=head,
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "bfloat16" if target.is_gpu else "float32",
         batch=DEFAULT_BATCH if batch is None else batch,
         length=DEFAULT_LENGTH if length is None else length,

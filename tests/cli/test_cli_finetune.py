@@ -110,12 +110,14 @@ def test_a_yaml_file_and_every_format(command: Command, model_folder: Path, tmp_
     }
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(settings))
-    for extra in (("fp4", "--no-double-quant", "--block-size", 32), ("int8",), ("nf4", "--dtype", "bfloat16")):
+    ends = ("--embeddings", "int8", "--head", "int8")
+    for extra in (("fp4", "--no-double-quant", "--block-size", 32), ("int8", *ends), ("nf4", "--dtype", "bfloat16")):
         output = tmp_path / f"out-{extra[0]}"
         result = command("finetune", "--config", path, "--output", output, "--quantization", *extra)
         assert result.exit_code == 0, result.output
         summary = json.loads((output / "summary.json").read_text())
         assert summary["quantization"].startswith(str(extra[0]))
+        assert summary["quantization"].endswith("embeddings int8; head int8") == (ends[0] in extra)
         assert summary["held_out_loss"] == {"before": None, "after": None}
         assert summary["patch"]["counts"]["fused"] == FUSED
 

@@ -19,13 +19,15 @@ def test_defaults() -> None:
         "block_size": 64,
         "double_quant": True,
         "skip_modules": None,
+        "embeddings": None,
+        "head": None,
     }
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "int8_blockwise"])
 @pytest.mark.parametrize("skip_modules", [None, [], ["lm_head", "mlp"]])
 def test_json_round_trip(format: str, skip_modules: list[str] | None) -> None:
-    config = peftkern.QuantConfig(format, 128, False, skip_modules)
+    config = peftkern.QuantConfig(format, 128, False, skip_modules, embeddings="int8", head=format)
     again = peftkern.QuantConfig.from_dict(json.loads(config.to_json_string()))
     assert again == config and again != peftkern.QuantConfig()
 
@@ -47,6 +49,8 @@ def test_row_wise_int8_is_never_double_quantized() -> None:
         ({"skip_modules": "lm_head"}, TypeError, "skip_modules must be a list"),
         ({"skip_modules": [1]}, TypeError, "skip_modules"),
         ({"skip_modules": [""]}, TypeError, "skip_modules"),
+        ({"embeddings": "8bit"}, ValueError, "embeddings must be None or one of fp4, int8, .*; got '8bit'"),
+        ({"head": True}, ValueError, "head must be None or one of"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:

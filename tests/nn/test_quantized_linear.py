@@ -289,7 +289,7 @@ def test_construction_names_what_is_wrong() -> None:
     quantized = quantize(linear.weight.detach())
     with pytest.raises(ValueError, match="bias must be"):
         QuantizedLinear(quantized, torch.zeros(9))
-    with pytest.raises(ValueError, match=r"\[out, in\]"):
+    with pytest.raises(ValueError, match=r"\[out_features, in_features\]"):
         QuantizedLinear(quantize(torch.zeros(8)))
     with pytest.raises(ValueError, match="format"):
         QuantizedLinear.from_linear(linear, "nf5")

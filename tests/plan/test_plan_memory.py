@@ -31,6 +31,8 @@ CASES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "lora-nf4-deep-mixed": (deep_llama, {"recompute": ("layer", "layer", "mlp", "up", "store", "layer", "store")}),
     "lora-dense-bfloat16-no-logits": (llama, {"quantization": "none", "dtype": "bfloat16", "logits": False}),
     "lora-tied": (qwen3, {}),
+    "lora-tied-embeddings-int8": (qwen3, {"embeddings": "int8", "logits": False}),
+    "lora-head-and-embeddings-int8": (llama, {"embeddings": "int8", "head": "int8"}),
     "sparse": (llama, {"method": "sparse", "density": 0.02}),
     "full": (llama, FULL),
     "full-8bit": (llama, {**FULL, "optimizer": "AdamW8bit"}),

@@ -101,6 +101,9 @@ def test_sizes(text: str) -> None:
         ({"labelled": 0.0}, "labelled must be"),
         ({"logits": False, "patched": False}, "leave patched=True"),
         ({"target_modules": ["nothing"]}, "target_modules"),
+        ({"embeddings": "8bit"}, "embeddings must be one of 'nf4', 'fp4', 'int8'; got '8bit'"),
+        ({"head": "int8", "quantization": "none"}, "give a quantization"),
+        ({"embeddings": "nf4", "block_size": 4096}, "share blocks of 4096"),
     ],
 )
 def test_refusals_name_the_argument(arguments: dict[str, Any], words: str) -> None:
