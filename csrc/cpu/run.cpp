@@ -110,12 +110,12 @@ void run_rotary(const Kernels& kernels, const Rotary& r, int threads) {
                    [&](int64_t begin, int64_t end) { kernels.rotary_rows(r, begin, end); });
 }
 
-// The last groups of a head see the most keys and go first.
+// A head's groups follow each other, while its keys are in a cache; the last see the most and go first.
 void run_attention(const Kernels& kernels, const Attention& a, int threads) {
   const int64_t heads = a.batch * a.kv_heads, groups = attention_groups(a);
   const size_t scratch = kernels.attention_scratch(a, false);
   parallel_for(heads * groups, threads, [&](int64_t task) {
-    kernels.attention_group(a, task % heads, groups - 1 - task / heads, thread_scratch(scratch));
+    kernels.attention_group(a, task / groups, groups - 1 - task % groups, thread_scratch(scratch));
   });
 }
 

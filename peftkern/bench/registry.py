@@ -228,6 +228,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             packages=(),
         ),
         Benchmark(
+            "attention-smollm2",
+            "causal attention, forward and backward, of SmolLM2-135M's shape and of 2048 tokens, beside PyTorch's",
+            "peftkern.bench.attention:cases",
+            packages=(),
+        ),
+        Benchmark(
             "packing-smollm2",
             "training steps of SmolLM2-135M on examples of different lengths, packed in one row beside padded",
             "peftkern.bench.packing:cases",

@@ -12,7 +12,8 @@ and, with what arrives at the output, dO,
 Scores are made for a block of queries and keys at a time, with a running maximum and sum in the forward pass, and again
 from L in the backward pass: what is kept is q, k, v, o and L. A causal query sees the keys up to its own place. With
 fewer heads of keys than of queries, neighbouring heads of queries share one, whose gradients are their sums.
-Arithmetic, sums and the softmax are in float32 (float64 for float64 inputs), rounded once.
+Arithmetic, sums and the softmax are in float32 (float64 for float64 inputs), rounded once; where a CPU multiplies pairs
+of bfloat16, p and ds are rounded to bfloat16 for the products with v, dO, k and q.
 
 A query that sees no key (its row of the mask is false or minus infinity everywhere) gives zeros, L = -∞ and no
 gradients, as PyTorch's own attention does.

@@ -16,6 +16,7 @@ from peftkern.bench import (
     DisagreementError,
     Effort,
     Quantity,
+    attention,
     half_step,
     linear,
     llama8b,
@@ -112,6 +113,16 @@ def test_optimizers_notice_a_wrong_result(setup: Callable[[int], Case], monkeypa
     monkeypatch.setattr(optimizer.AdamW, "_step", lambda self, *_arguments: None)
     with pytest.raises(DisagreementError, match="what 3 steps have moved"):
         setup(10_000).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_agrees_and_notices_a_wrong_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = attention.setup_attention(dtype, batch=2, heads=4, kv_heads=2, tokens=33, head_dim=16)
+    case.check()
+    real = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *args, **options: real(*args, **options) * 1.1)
+    with pytest.raises(DisagreementError, match="output"):
+        case.check()
 
 
 def test_select_top_chooses_the_peers_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ NAMES = [
     "select-top",
     "select-prediction",
     "loss-ignored",
+    "attention-smollm2",
     "loss-parity",
 ]
 

@@ -7,7 +7,11 @@
 // and back,
 //   grad_scores = values * turned grads,   turned grad_query += keys * grad_scores,
 //   grad_key += grad_scores * queries,     grad_value += scores * grads.
-// Queries are scaled as they are read. Blocks of keys that no row of a panel sees are passed over.
+// Blocks of keys that no row of a panel sees are passed over.
+//
+// Of bfloat16, where the processor multiplies pairs of them, a matrix is made of words that each hold two terms of the
+// sum that it is for: two numbers of one row, or numbers of two neighbouring rows. What is multiplied by scores is then
+// multiplied by rounded ones; scores, their softmax and every sum are float32.
 #pragma once
 
 constexpr int64_t kPanelRows = 2 * kLanes;
@@ -31,8 +35,8 @@ struct RowRange {
 };
 
 struct AttentionPanel {
-  float* queries;         // [rows][width], scaled
-  float* turned_queries;  // [head_dim][rows]
+  float* queries;         // [rows][width]; of words of two rows, half as many
+  float* turned_queries;  // [head_dim][rows]; of words, half as many
   float* grads;           // of the output, as queries
   float* turned_grads;
   float* turned_sums;  // of the output, or of grad_query: [head_dim][rows]
@@ -44,14 +48,17 @@ struct AttentionPanel {
 struct AttentionScratch {
   AttentionPanel panels[kGroupPanels];
   float* rows;  // [rows][width], of one panel
-  float* keys;  // [keys][width]
+  float* raw;   // [keys or rows][width], as they are read
+  float* keys;  // [keys][width]; of words of two rows, half as many
   float* values;
   float* packed_keys;  // in the order of the tiles
   float* packed_values;
   float* scores;  // [keys][rows]
   float* grad_scores;
-  float* mask;       // [keys][rows]
-  float* mask_rows;  // [rows][keys]
+  float* score_pairs;  // [keys / 2][rows]: words of two keys
+  float* score_rows;   // [keys][rows / 2]: words of two rows
+  float* mask;         // [keys][rows]
+  float* mask_rows;    // [rows][keys]
 };
 
 // Lays the parts out from `memory` on, and returns their size; with a null `memory` it only adds up.
@@ -74,12 +81,15 @@ static size_t lay_out(const Attention& a, bool backward, void* memory, Attention
     p.total = take(kPanelRows);
   }
   scratch->rows = take(panel);
+  scratch->raw = take(maximum(panel, block));
   scratch->keys = take(block);
   scratch->values = take(block);
   scratch->packed_keys = take(block + kLanes);
   scratch->packed_values = take(backward ? block + kLanes : 0);
   scratch->scores = take(kKeyBlock * kPanelRows);
   scratch->grad_scores = take(backward ? kKeyBlock * kPanelRows : 0);
+  scratch->score_pairs = take((kKeyBlock / 2 + 1) * kPanelRows);
+  scratch->score_rows = take(kKeyBlock * kPanelRows / 2);
   scratch->mask = take(kMaskStride * kPanelRows);
   scratch->mask_rows = take(kMaskStride * kPanelRows);
   return next - begin;
@@ -96,23 +106,80 @@ static int64_t row_offset(const AttentionTensor& t, const AttentionHead& head, i
   return head.batch * t.strides[0] + head.head(row) * t.strides[1] + head.query(row) * t.strides[2];
 }
 
-// Zeros where the panel has no row, and behind the numbers of each.
-static void read_rows(const Attention& a, const AttentionTensor& t, const AttentionHead& head, const RowRange& rows,
-                      float* out) {
-  const int64_t width = attention_width(a);
-  std::memset(out, 0, static_cast<size_t>(kPanelRows * width) * sizeof(float));
-  for (int64_t i = 0; i < rows.count; ++i)
-    read_floats(t.data, a.dtype, row_offset(t, head, rows.first + i), a.head_dim, out + i * width);
-}
-
 static void multiply_floats(float factor, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
-static void turn_rows(const Attention& a, const float* rows, float* turned) {
-  const int64_t width = attention_width(a);
+// ---- matrices in the form of their products
+
+// Words of one number each.
+struct Singles {
+  static constexpr int64_t kTerms = 1;
+  using Step = Float32Step;
+
+  static void read(const Attention& a, const void* data, int64_t begin, float* out) {
+    read_floats(data, a.dtype, begin, a.head_dim, out);
+    std::memset(out + a.head_dim, 0, static_cast<size_t>(attention_width(a) - a.head_dim) * sizeof(float));
+  }
+  // Where rows are read that `step_by_rows` brings to `steps`, [rows][width], of which a row is a step of a sum.
+  static float* raw_for(float*, float* steps) { return steps; }
+  static void step_by_rows(const float*, int64_t, int64_t, float*) {}
+  static const float* pair_columns(const AttentionScratch&, const float* scores, int64_t) { return scores; }
+  static const float* narrow_rows(const AttentionScratch&, const float* scores, int64_t) { return scores; }
+};
+
+#ifdef __AVX512BF16__
+// Words of two bfloat16 each.
+struct Pairs {
+  static constexpr int64_t kTerms = 2;
+  using Step = Bfloat16Step;
+
+  static void read(const Attention& a, const void* data, int64_t begin, float* out) {
+    uint16_t* const halves = reinterpret_cast<uint16_t*>(out);
+    std::memcpy(halves, static_cast<const uint16_t*>(data) + begin, static_cast<size_t>(a.head_dim) * 2);
+    std::memset(halves + a.head_dim, 0, static_cast<size_t>(attention_width(a) - a.head_dim) * 2);
+  }
+  static float* raw_for(float* raw, float*) { return raw; }
+  static void step_by_rows(const float* raw, int64_t rows, int64_t width, float* steps) {
+    const uint16_t* const halves = reinterpret_cast<const uint16_t*>(raw);
+    for (int64_t row = 0; row < rows; row += 2, steps += width)
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const Int first = expand_words(halves + row * width + i);
+        const Int second = row + 1 < rows ? expand_words(halves + (row + 1) * width + i) : int_zero();
+        store_int(steps + i, _mm512_or_si512(first, shift_left<16>(second)));
+      }
+  }
+  static const float* pair_columns(const AttentionScratch& s, const float* scores, int64_t keys) {
+    for (int64_t key = 0; key < keys; key += 2)
+      for (int64_t lane = 0; lane < kPanelRows; lane += kLanes) {
+        const float* const first = scores + key * kPanelRows + lane;
+        const Float second = key + 1 < keys ? load(first + kPanelRows) : zero();
+        store_int(s.score_pairs + key / 2 * kPanelRows + lane, pair_bfloat16(load(first), second));
+      }
+    return s.score_pairs;
+  }
+  static const float* narrow_rows(const AttentionScratch& s, const float* scores, int64_t keys) {
+    uint16_t* const halves = reinterpret_cast<uint16_t*>(s.score_rows);
+    for (int64_t i = 0; i < keys * kPanelRows; i += kLanes) store_bfloat16(halves + i, load(scores + i));
+    return s.score_rows;
+  }
+};
+#endif
+
+// Zeros where the panel has no row, and behind the numbers of each.
+template <class Form>
+static void read_rows(const Attention& a, const AttentionTensor& t, const AttentionHead& head, const RowRange& rows,
+                      float* raw) {
+  const int64_t words = attention_width(a) / Form::kTerms;
+  for (int64_t i = 0; i < rows.count; ++i) Form::read(a, t.data, row_offset(t, head, rows.first + i), raw + i * words);
+  std::memset(raw + rows.count * words, 0, static_cast<size_t>((kPanelRows - rows.count) * words) * sizeof(float));
+}
+
+template <class Form>
+static void turn_rows(const Attention& a, const float* raw, float* turned) {
+  const int64_t words = attention_width(a) / Form::kTerms;
   for (int64_t lane = 0; lane < kPanelRows; lane += kLanes)
-    turn_floats(rows + lane * width, width, kLanes, a.head_dim, turned + lane, kPanelRows);
+    turn_floats(raw + lane * words, words, kLanes, divide_up(a.head_dim, Form::kTerms), turned + lane, kPanelRows);
 }
 
 static void write_turned(const Attention& a, const AttentionTensor& t, const AttentionHead& head, const RowRange& rows,
@@ -135,80 +202,83 @@ struct KeyBlock {
   int height;  // of the tiles that it is packed in
 };
 
+template <class Form>
 static void read_keys(const Attention& a, const AttentionTensor& t, const AttentionHead& head, const KeyBlock& block,
-                      float* out) {
-  const int64_t width = attention_width(a), base = head.batch * t.strides[0] + head.kv_head * t.strides[1];
-  for (int64_t i = 0; i < block.count; ++i) {
-    read_floats(t.data, a.dtype, base + (block.first + i) * t.strides[2], a.head_dim, out + i * width);
-    std::memset(out + i * width + a.head_dim, 0, static_cast<size_t>(width - a.head_dim) * sizeof(float));
-  }
+                      float* raw) {
+  const int64_t base = head.batch * t.strides[0] + head.kv_head * t.strides[1];
+  for (int64_t i = 0; i < block.count; ++i)
+    Form::read(a, t.data, base + (block.first + i) * t.strides[2], raw + i * (attention_width(a) / Form::kTerms));
 }
 
 static int block_rows(const KeyBlock& block, int64_t row0) {
   return static_cast<int>(minimum(block.height, block.count - row0));
 }
 
-static void pack_keys(const Attention& a, const KeyBlock& block, const float* keys, float* packed) {
-  const int64_t width = attention_width(a);
+template <class Form>
+static void pack_keys(const Attention& a, const KeyBlock& block, const float* raw, float* packed) {
+  const int64_t words = attention_width(a) / Form::kTerms;
   for (int64_t row0 = 0; row0 < block.count; row0 += block.height) {
     const int rows = block_rows(block, row0);
-    turn_floats(keys + row0 * width, width, rows, a.head_dim, packed + row0 * width, rows);
+    turn_floats(raw + row0 * words, words, rows, divide_up(a.head_dim, Form::kTerms), packed + row0 * words, rows);
   }
 }
 
 // out = packed keys * turned rows, for at least `keys` keys.
+template <class Form>
 static void multiply_packed(const Attention& a, const KeyBlock& block, int64_t keys, const float* packed,
                             const float* turned, float* out) {
   TileArguments t;
   t.panel = turned;
   t.panel_step = t.out_stride = kPanelRows;
-  t.steps = a.head_dim;
+  t.steps = divide_up(a.head_dim, Form::kTerms);
   t.accumulate = false;
   for (int64_t row0 = 0; row0 < keys; row0 += block.height) {
     const int rows = block_rows(block, row0);
-    t.activations = packed + row0 * attention_width(a);
+    t.activations = packed + row0 * (attention_width(a) / Form::kTerms);
     t.activation_step = rows;
     t.out = out + row0 * kPanelRows;
-    TileTable<Float32Step, 2, kTileRows>::get(rows)(t);
+    TileTable<typename Form::Step, 2, kTileRows>::get(rows)(t);
   }
 }
 
 // turned sums (+)= keys, turned, * scores
+template <class Form>
 static void multiply_turned(const Attention& a, int64_t keys, const float* left, const float* scores, bool accumulate,
                             float* sums) {
   TileArguments t;
   t.panel = scores;
   t.activation_step = attention_width(a);
   t.panel_step = t.out_stride = kPanelRows;
-  t.steps = keys;
+  t.steps = divide_up(keys, Form::kTerms);
   t.accumulate = accumulate;
   const int height = tile_height(a.head_dim, kTileRows);
   for (int64_t row0 = 0; row0 < a.head_dim; row0 += height) {
     t.activations = left + row0;
     t.out = sums + row0 * kPanelRows;
-    TileTable<Float32Step, 2, kTileRows>::get(static_cast<int>(minimum(height, a.head_dim - row0)))(t);
+    TileTable<typename Form::Step, 2, kTileRows>::get(static_cast<int>(minimum(height, a.head_dim - row0)))(t);
   }
 }
 
 // sums += scores * rows
-static void multiply_scores(const Attention& a, int64_t keys, const float* scores, int64_t rows, const float* right,
-                            float* sums) {
+template <class Form>
+static void multiply_scores(const Attention& a, int64_t keys, const float* scores, const float* right, float* sums) {
+  constexpr int kStride = kPanelRows / Form::kTerms;
   TileArguments t;
   t.activation_step = 1;
   t.panel_step = t.out_stride = attention_width(a);
-  t.steps = rows;
+  t.steps = kStride;
   t.accumulate = true;
   const int height = tile_height(keys, kTileRows);
   for (int64_t row0 = 0; row0 < keys; row0 += height) {
-    const int height_here = static_cast<int>(minimum(height, keys - row0));
-    t.activations = scores + row0 * kPanelRows;
+    const int rows = static_cast<int>(minimum(height, keys - row0));
+    t.activations = scores + row0 * kStride;
     for (int64_t column = 0; column < a.head_dim; column += 2 * kLanes) {
       t.panel = right + column;
       t.out = sums + row0 * t.out_stride + column;
       if (a.head_dim - column > kLanes)
-        TileTable<Float32Step, 2, kTileRows, kPanelRows>::get(height_here)(t);
+        TileTable<typename Form::Step, 2, kTileRows, kStride>::get(rows)(t);
       else
-        TileTable<Float32Step, 1, kTileRows, kPanelRows>::get(height_here)(t);
+        TileTable<typename Form::Step, 1, kTileRows, kStride>::get(rows)(t);
     }
   }
 }
@@ -294,6 +364,7 @@ struct PanelBlock {
   Seen seen;
 };
 
+template <class Form>
 static PanelBlock scores_of(const Attention& a, const AttentionHead& head, const RowRange& rows, const KeyBlock& block,
                             const AttentionPanel& p, const AttentionScratch& s) {
   PanelBlock of = {block.count, Seen::nothing};
@@ -301,7 +372,8 @@ static PanelBlock scores_of(const Attention& a, const AttentionHead& head, const
   if (of.keys <= 0) return of;
   of.seen = read_mask(a, head, rows, block.first, of.keys, s);
   if (of.seen == Seen::nothing) return of;
-  multiply_packed(a, block, of.keys, s.packed_keys, p.turned_queries, s.scores);
+  multiply_packed<Form>(a, block, of.keys, s.packed_keys, p.turned_queries, s.scores);
+  multiply_floats(a.scale, of.keys * kPanelRows, s.scores);
   hide_keys(a, head, rows, block.first, of.keys, of.seen, s);
   return of;
 }
@@ -356,6 +428,7 @@ static void multiply_columns(const float* factors, int64_t steps, float* turned)
 }
 
 // The running softmax: what was summed with an earlier maximum is brought to the new one.
+template <class Form>
 static void add_block(const Attention& a, const PanelBlock& of, AttentionPanel& p, const AttentionScratch& s) {
   alignas(64) float maxima[kPanelRows], shift[kPanelRows], factors[kPanelRows];
   std::memcpy(maxima, p.shift, sizeof maxima);
@@ -373,7 +446,7 @@ static void add_block(const Attention& a, const PanelBlock& of, AttentionPanel& 
     multiply_columns(factors, a.head_dim, p.turned_sums);
   }
   add_columns(s.scores, of.keys, p.total);
-  multiply_turned(a, of.keys, s.values, s.scores, p.has_sums, p.turned_sums);
+  multiply_turned<Form>(a, of.keys, s.values, Form::pair_columns(s, s.scores, of.keys), p.has_sums, p.turned_sums);
   p.has_sums = true;
 }
 
@@ -389,16 +462,15 @@ static void finish_rows(const Attention& a, const AttentionHead& head, const Row
     *logsumexp_at(a, head, rows.first + j) = p.shift[j] + __builtin_logf(p.total[j]);
 }
 
-static void attention_group(const Attention& a, int64_t index, int64_t group, void* memory) {
-  AttentionScratch s;
-  lay_out(a, false, memory, &s);
-  const AttentionHead head(a, index);
-  const int64_t panels = group_panels(a, group), end = group_keys(a, head, group), width = attention_width(a);
+template <class Form>
+static void attend_group(const Attention& a, const AttentionHead& head, int64_t group,
+                         const AttentionScratch& scratch) {
+  AttentionScratch s = scratch;
+  const int64_t panels = group_panels(a, group), end = group_keys(a, head, group);
   for (int64_t panel = 0; panel < panels; ++panel) {
     AttentionPanel& p = s.panels[panel];
-    read_rows(a, a.query, head, panel_rows(a, group, panel), s.rows);
-    multiply_floats(a.scale, kPanelRows * width, s.rows);
-    turn_rows(a, s.rows, p.turned_queries);
+    read_rows<Form>(a, a.query, head, panel_rows(a, group, panel), s.raw);
+    turn_rows<Form>(a, s.raw, p.turned_queries);
     p.has_sums = false;
     for (int64_t j = 0; j < kPanelRows; ++j) {
       p.shift[j] = -__builtin_inff();
@@ -407,92 +479,129 @@ static void attention_group(const Attention& a, int64_t index, int64_t group, vo
   }
   for (int64_t first = 0; first < end; first += kKeyBlock) {
     const KeyBlock block = key_block(first, end);
-    read_keys(a, a.key, head, block, s.keys);
-    pack_keys(a, block, s.keys, s.packed_keys);
-    read_keys(a, a.value, head, block, s.values);
+    read_keys<Form>(a, a.key, head, block, s.raw);
+    pack_keys<Form>(a, block, s.raw, s.packed_keys);
+    float* const values = Form::raw_for(s.raw, s.values);
+    read_keys<Form>(a, a.value, head, block, values);
+    Form::step_by_rows(values, block.count, attention_width(a), s.values);
     for (int64_t panel = 0; panel < panels; ++panel) {
-      const PanelBlock of = scores_of(a, head, panel_rows(a, group, panel), block, s.panels[panel], s);
-      if (of.seen != Seen::nothing) add_block(a, of, s.panels[panel], s);
+      const PanelBlock of = scores_of<Form>(a, head, panel_rows(a, group, panel), block, s.panels[panel], s);
+      if (of.seen != Seen::nothing) add_block<Form>(a, of, s.panels[panel], s);
     }
   }
   for (int64_t panel = 0; panel < panels; ++panel)
     finish_rows(a, head, panel_rows(a, group, panel), s.panels[panel], s.rows);
 }
 
+static void attention_group(const Attention& a, int64_t index, int64_t group, void* memory) {
+  AttentionScratch s;
+  lay_out(a, false, memory, &s);
+#ifdef __AVX512BF16__
+  if (a.dtype == DType::bfloat16) return attend_group<Pairs>(a, AttentionHead(a, index), group, s);
+#endif
+  attend_group<Singles>(a, AttentionHead(a, index), group, s);
+}
+
 // ---- backward
 
+static float output_times_grad(const Attention& a, const AttentionHead& head, int64_t row) {
+  alignas(64) float outs[kAttentionHeadDim], grads[kAttentionHeadDim];
+  const float* out = floats_of(a.out.data, a.dtype, row_offset(a.out, head, row), a.head_dim, outs);
+  const float* grad = floats_of(a.grad_out.data, a.dtype, row_offset(a.grad_out, head, row), a.head_dim, grads);
+  return dot_floats(out, grad, a.head_dim);
+}
+
+template <class Form>
+static void read_twice(const Attention& a, const AttentionTensor& t, const AttentionHead& head, const RowRange& rows,
+                       float* raw, float* steps, float* turned) {
+  raw = Form::raw_for(raw, steps);
+  read_rows<Form>(a, t, head, rows, raw);
+  Form::step_by_rows(raw, kPanelRows, attention_width(a), steps);
+  turn_rows<Form>(a, raw, turned);
+}
+
 // A row that sees no key, or that is none, has weights of zero: an infinite logsumexp.
+template <class Form>
 static void read_panel(const Attention& a, const AttentionHead& head, const RowRange& rows, AttentionPanel& p,
-                       float* buffer) {
-  const int64_t width = attention_width(a);
-  read_rows(a, a.query, head, rows, p.queries);
-  multiply_floats(a.scale, kPanelRows * width, p.queries);
-  turn_rows(a, p.queries, p.turned_queries);
-  read_rows(a, a.grad_out, head, rows, p.grads);
-  turn_rows(a, p.grads, p.turned_grads);
-  read_rows(a, a.out, head, rows, buffer);
+                       float* raw) {
+  read_twice<Form>(a, a.query, head, rows, raw, p.queries, p.turned_queries);
+  read_twice<Form>(a, a.grad_out, head, rows, raw, p.grads, p.turned_grads);
   p.has_sums = false;
   for (int64_t j = 0; j < kPanelRows; ++j) {
-    p.total[j] = dot_floats(buffer + j * width, p.grads + j * width, width);
+    p.total[j] = j < rows.count ? output_times_grad(a, head, rows.first + j) : 0.0f;
     p.shift[j] = j < rows.count ? *logsumexp_at(a, head, rows.first + j) : __builtin_inff();
     if (p.shift[j] == -__builtin_inff()) p.shift[j] = __builtin_inff();
   }
 }
 
-// scores become weights, and grad_scores, which are those of the weights, those of the scores.
+// scores become weights; grad_scores, which are those of the weights, become those of the products of queries and keys.
 static void softmax_gradient(float* __restrict scores, float* __restrict grad_scores, const float* __restrict shift,
-                             const float* __restrict total, int64_t keys) {
+                             const float* __restrict total, float scale, int64_t keys) {
   for (int64_t key = 0; key < keys; ++key)
     for (int64_t j = 0; j < kPanelRows; ++j) {
       const int64_t at = key * kPanelRows + j;
       const float weight = exp_of_negative(scores[at] - shift[j]);
       scores[at] = weight;
-      grad_scores[at] = weight * (grad_scores[at] - total[j]);
+      grad_scores[at] = scale * weight * (grad_scores[at] - total[j]);
     }
 }
 
+template <class Form>
 static void add_gradients(const Attention& a, const KeyBlock& block, const PanelBlock& of, AttentionPanel& p,
-                          const AttentionScratch& s, float* key_sums, float* value_sums) {
-  const int64_t offset = block.first * attention_width(a);
-  multiply_packed(a, block, of.keys, s.packed_values, p.turned_grads, s.grad_scores);
-  softmax_gradient(s.scores, s.grad_scores, p.shift, p.total, of.keys);
-  if (a.grad_value.data != nullptr) multiply_scores(a, of.keys, s.scores, kPanelRows, p.grads, value_sums + offset);
-  if (a.grad_key.data != nullptr) multiply_scores(a, of.keys, s.grad_scores, kPanelRows, p.queries, key_sums + offset);
-  if (a.grad_query.data != nullptr) multiply_turned(a, of.keys, s.keys, s.grad_scores, p.has_sums, p.turned_sums);
+                          const AttentionScratch& s, float* sums) {
+  float* const key_sums = sums + block.first * attention_width(a);
+  float* const value_sums = key_sums + attention_sums(a) / 2;
+  multiply_packed<Form>(a, block, of.keys, s.packed_values, p.turned_grads, s.grad_scores);
+  softmax_gradient(s.scores, s.grad_scores, p.shift, p.total, a.scale, of.keys);
+  if (a.grad_value.data != nullptr)
+    multiply_scores<Form>(a, of.keys, Form::narrow_rows(s, s.scores, of.keys), p.grads, value_sums);
+  if (a.grad_key.data != nullptr)
+    multiply_scores<Form>(a, of.keys, Form::narrow_rows(s, s.grad_scores, of.keys), p.queries, key_sums);
+  if (a.grad_query.data != nullptr)
+    multiply_turned<Form>(a, of.keys, s.keys, Form::pair_columns(s, s.grad_scores, of.keys), p.has_sums, p.turned_sums);
   p.has_sums = true;
 }
 
-static void write_grad_query(const Attention& a, const AttentionHead& head, const RowRange& rows,
-                             const AttentionPanel& p, float* buffer) {
-  const int64_t count = a.head_dim * kPanelRows;
-  if (!p.has_sums) std::memset(p.turned_sums, 0, static_cast<size_t>(count) * sizeof(float));
-  multiply_floats(a.scale, count, p.turned_sums);
-  write_turned(a, a.grad_query, head, rows, p.turned_sums, buffer);
+template <class Form>
+static void add_group(const Attention& a, const AttentionHead& head, int64_t group, const AttentionScratch& scratch,
+                      float* sums) {
+  AttentionScratch s = scratch;
+  const int64_t panels = group_panels(a, group), end = group_keys(a, head, group);
+  for (int64_t panel = 0; panel < panels; ++panel)
+    read_panel<Form>(a, head, panel_rows(a, group, panel), s.panels[panel], s.raw);
+  for (int64_t first = 0; first < end; first += kKeyBlock) {
+    const KeyBlock block = key_block(first, end);
+    float* const keys = Form::raw_for(s.raw, s.keys);
+    read_keys<Form>(a, a.key, head, block, keys);
+    Form::step_by_rows(keys, block.count, attention_width(a), s.keys);
+    pack_keys<Form>(a, block, keys, s.packed_keys);
+    read_keys<Form>(a, a.value, head, block, s.raw);
+    pack_keys<Form>(a, block, s.raw, s.packed_values);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const PanelBlock of = scores_of<Form>(a, head, panel_rows(a, group, panel), block, s.panels[panel], s);
+      if (of.seen != Seen::nothing) add_gradients<Form>(a, block, of, s.panels[panel], s, sums);
+    }
+  }
+  for (int64_t panel = 0; panel < panels && a.grad_query.data != nullptr; ++panel) {
+    const AttentionPanel& p = s.panels[panel];
+    if (!p.has_sums) std::memset(p.turned_sums, 0, static_cast<size_t>(a.head_dim * kPanelRows) * sizeof(float));
+    write_turned(a, a.grad_query, head, panel_rows(a, group, panel), p.turned_sums, s.rows);
+  }
 }
 
 static void attention_backward_part(const Attention& a, int64_t index, int64_t part, void* memory, float* sums) {
   AttentionScratch s;
   lay_out(a, true, memory, &s);
   const AttentionHead head(a, index);
-  float *key_sums = sums, *value_sums = sums + attention_sums(a) / 2;
   std::memset(sums, 0, static_cast<size_t>(attention_sums(a)) * sizeof(float));
   for (int64_t group = part; group < attention_groups(a); group += attention_parts(a)) {
-    const int64_t panels = group_panels(a, group), end = group_keys(a, head, group);
-    for (int64_t panel = 0; panel < panels; ++panel)
-      read_panel(a, head, panel_rows(a, group, panel), s.panels[panel], s.rows);
-    for (int64_t first = 0; first < end; first += kKeyBlock) {
-      const KeyBlock block = key_block(first, end);
-      read_keys(a, a.key, head, block, s.keys);
-      pack_keys(a, block, s.keys, s.packed_keys);
-      read_keys(a, a.value, head, block, s.values);
-      pack_keys(a, block, s.values, s.packed_values);
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const PanelBlock of = scores_of(a, head, panel_rows(a, group, panel), block, s.panels[panel], s);
-        if (of.seen != Seen::nothing) add_gradients(a, block, of, s.panels[panel], s, key_sums, value_sums);
-      }
+#ifdef __AVX512BF16__
+    if (a.dtype == DType::bfloat16) {
+      add_group<Pairs>(a, head, group, s, sums);
+      continue;
     }
-    for (int64_t panel = 0; panel < panels && a.grad_query.data != nullptr; ++panel)
-      write_grad_query(a, head, panel_rows(a, group, panel), s.panels[panel], s.rows);
+#endif
+    add_group<Singles>(a, head, group, s, sums);
   }
 }
 
