@@ -68,6 +68,12 @@ def without_logits(**changes: Any) -> Any:
     return model
 
 
+def lora_head_without_logits() -> Any:
+    model = lora(llama(), patched=False, target_modules=["lm_head", "q_proj", "down_proj"])
+    peftkern.patch(model, strict=True, logits=False)
+    return model
+
+
 def half_labelled() -> Batch:
     batch = text()
     batch["labels"][:, ::2] = -100
@@ -109,6 +115,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[], Batch]]] = {
     "bert-checkpointed": (lambda: checkpointed(build(transformers.BertForMaskedLM, transformers.BertConfig)), text),
     "lora-nf4": (lambda: lora(on_nf4(llama(hidden_size=64)), lora_dropout=0.1), text),
     "lora-dense": (lambda: lora(llama()), text),
+    "lora-head-without-logits": (lora_head_without_logits, half_labelled),
     "lora-unpatched": (lambda: lora(on_nf4(llama(hidden_size=64)), patched=False), text),
     "lora-checkpointed": (lambda: checkpointed(lora(on_nf4(llama(hidden_size=64)))), text),
     "sparse-deltas": (sparse_deltas, text),
