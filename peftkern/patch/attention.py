@@ -246,14 +246,12 @@ def _attend(
 ) -> Any:
     try:
         states = _read_states(query, key, value, attention_mask, dropout, options)
+        causal = attention_mask is None and _is_causal(module, query, key, options)
     except NotFused as refusal:
         note(str(refusal), "attends as PyTorch does")
         states = None
     if states is None or not runs_attention(states, backend):
         return theirs(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
-    asked = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if asked is None else asked
-    causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     return attention(*states, causal, scaling, backend=backend).transpose(1, 2), None
 
 
@@ -274,11 +272,20 @@ def _read_states(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     _check_states(query, key, value)
-    if mask is None and key.shape[2] != query.shape[2]:
-        raise NotFused(f"{query.shape[2]} queries meet {key.shape[2]} keys without a mask")
     if mask is not None:
         _check_mask(mask)
     return query, key, value, mask
+
+
+def _is_causal(module: Any, query: Tensor, key: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask is, as `sdpa_attention_forward` decides it."""
+    asked = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    if not causal or query.shape[2] == 1:
+        return False
+    if key.shape[2] != query.shape[2]:
+        raise NotFused(f"{query.shape[2]} queries meet {key.shape[2]} keys without a mask")
+    return True
 
 
 def _check_mask(mask: Tensor) -> None:

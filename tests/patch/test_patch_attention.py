@@ -128,6 +128,9 @@ def test_calls_that_are_handed_on() -> None:
         )
         assert torch.equal(ours[0], theirs[0]) and len(notes) == 1 and reason in notes[0]
     notes.clear()
+    across = (*states(9), None)
+    theirs = sdpa_attention.sdpa_attention_forward(module, *across, is_causal=False)
+    assert error(attend(notes, module, *across, is_causal=False)[0], theirs[0]) <= TOLERANCE
     one = [x[:, :, :1] if index == 0 else x for index, x in enumerate(states())]
     for quiet in ((*one, None), (*states(dtype=torch.float64), None)):  # nothing to gain; no kernel
         attend(notes, module, *quiet)
