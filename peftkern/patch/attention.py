@@ -46,11 +46,13 @@ class RotaryKind:
         interleaved: as in `ops.rotary`.
         spread: whether the first half of the angles is meant for pairs that are neighbours.
         promotes: whether results have the wider dtype of states and angles, not that of the states.
+        is_ours: whether `ops.rotary` computes it; the others turn otherwise or not at all, and only attend.
     """
 
     interleaved: bool = False
     spread: bool = False
     promotes: bool = True
+    is_ours: bool = True
 
 
 _LLAMA = RotaryKind()
@@ -58,6 +60,7 @@ _OLMO = RotaryKind(promotes=False)
 _COHERE = RotaryKind(interleaved=True, promotes=False)
 _ERNIE = RotaryKind(interleaved=True, spread=True, promotes=False)
 _GLM = RotaryKind(interleaved=True, spread=True)
+_OTHER = RotaryKind(is_ours=False)
 
 ATTENTIONS: Mapping[str, RotaryKind] = {
     "afmoe.modeling_afmoe.AfmoeAttention": _LLAMA,
@@ -123,6 +126,12 @@ ATTENTIONS: Mapping[str, RotaryKind] = {
     "glm.modeling_glm.GlmAttention": _GLM,
     "glm4.modeling_glm4.Glm4Attention": _GLM,
     "helium.modeling_helium.HeliumAttention": _GLM,
+    "bert.modeling_bert.BertSelfAttention": _OTHER,
+    "gpt2.modeling_gpt2.GPT2Attention": _OTHER,
+    "opt.modeling_opt.OPTAttention": _OTHER,
+    "phi3.modeling_phi3.Phi3Attention": _OTHER,
+    "roberta.modeling_roberta.RobertaSelfAttention": _OTHER,
+    "vit.modeling_vit.ViTAttention": _OTHER,
 }
 
 
@@ -157,8 +166,8 @@ def with_kernels(
     """
     written = _written(forward)
     names = dict(written.__globals__)
-    theirs = names[FUNCTION]
-    if getattr(theirs, "__module__", None) == written.__module__:  # nobody has replaced it
+    theirs: Any = names.get(FUNCTION)
+    if kind.is_ours and getattr(theirs, "__module__", None) == written.__module__:  # nobody has replaced it
         names[FUNCTION] = partial(_turn, theirs, kind, backend, note)
     names[INTERFACES] = _Interfaces(names[INTERFACES], backend, note)
     ours = types.FunctionType(written.__code__, names, written.__name__, written.__defaults__, written.__closure__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -345,26 +346,36 @@ def _device_of(module: nn.Module) -> torch.device | None:
 
 
 def _attention_finding(name: str, block: nn.Module, setting: _Setting) -> Finding:
+    kind = rotary_kind(original_class(type(block)))
+    assert kind is not None
+    state = torch.empty(1, 1, 1, 2, dtype=setting.dtype, device=_device_of(block))
+    calls: dict[str, Sequence[Any]] = {}
+    if kind.is_ours:
+        calls["rotary"] = ((state,), state[0], state[0], False, False)
+    attends = getattr(getattr(block, "config", None), "_attn_implementation", None) == SDPA
+    if attends:
+        calls["attention"] = (state, state, state, None)
     try:
         if has_own_forward(block):
             raise NotFused(OWN_FORWARD)
-        state = torch.empty(1, 1, 1, 2, dtype=setting.dtype, device=_device_of(block))
-        choice = _choice_of("rotary", state, ((state,), state[0], state[0], False, False), setting)
+        if not calls:
+            raise NotFused(f"does not attend by {SDPA!r}")
+        kernel = _kernels_of(calls, state, setting)
     except NotFused as refusal:
         return Finding(name, block, _left(name, block, str(refusal)))
-    kernel = f"{_turned_and_attended(block, state, choice, setting)} on {choice.backend}"
     row = PatchRow(name, _class_name(block), "", "fused", kernel, calls_left=_calls(block))
     return Finding(name, block, row, fused.fused_class(original_class(type(block))))
 
 
-def _turned_and_attended(block: Any, state: Tensor, turned: registry.Choice, setting: _Setting) -> str:
-    if getattr(block.config, "_attn_implementation", None) != SDPA:
-        return "rotary"
-    try:
-        choice = _choice_of("attention", state, (state, state, state, None), setting)
-    except NotFused:
-        return "rotary"
-    return "rotary and attention" if choice.backend == turned.backend else "rotary"
+def _kernels_of(calls: Mapping[str, Sequence[Any]], row: Tensor, setting: _Setting) -> str:
+    """The operations that run here and their backend; `NotFused` where none does."""
+    (first, arguments), *others = calls.items()
+    chosen, operations = _choice_of(first, row, arguments, setting), [first]
+    for operation, arguments in others:
+        with suppress(NotFused):
+            if _choice_of(operation, row, arguments, setting).backend == chosen.backend:
+                operations.append(operation)
+    return f"{' and '.join(operations)} on {chosen.backend}"
 
 
 def _decoder_layer_finding(name: str, layer: Any, setting: _Setting) -> Finding:

@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="needs the native mo
 
 BATCH = text(2, 40)
 KERNEL = "rotary and attention on cpu"
-ATTENDING = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "mixtral")
-"""Families of which PyTorch's attention is the usual one and whose blocks are known."""
+TURNING = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "mixtral")
+ATTENDING = (*TURNING, "gpt2", "opt", "phi3", "roberta")
+"""Families of which PyTorch's attention is the usual one and whose blocks are known; the former are turned by us."""
 
 
 @pytest.fixture
@@ -53,12 +54,14 @@ def test_families_attend_as_they_did(name: str, kind: str, calls: list[str]) -> 
     model = FAMILIES[name].with_lora("dense")
     batch = BATCH if kind in ("plain", "packed") else padded(BATCH, left=kind == "padded left")
     if kind == "packed":
+        if name not in TURNING:
+            pytest.skip("is not packed so")
         lengths = (11, 1, 20, 8)
         places = torch.cat([torch.arange(length) for length in lengths])
         batch = {name: x[:1] for name, x in BATCH.items()} | {"position_ids": places[None], "use_cache": False}
     expected = run(model, batch)
     report = patch(model, logits=True)
-    assert [row.kernel for row in report.fused].count(KERNEL) == 2
+    assert [row.kernel for row in report.fused].count(KERNEL if name in TURNING else "attention on cpu") == 2
     calls.clear()
     assert_same_run(model, batch, expected)
     assert calls == ["ours"] * 2
@@ -135,6 +138,22 @@ def test_calls_that_are_handed_on() -> None:
     for quiet in ((*one, None), (*states(dtype=torch.float64), None)):  # nothing to gain; no kernel
         attend(notes, module, *quiet)
     assert notes == []
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_whole_sequences_see_each_other(name: str, calls: list[str]) -> None:
+    model = FAMILIES[name].with_lora("dense")
+    expected = run(model, FAMILIES[name].batch())
+    assert [row.kernel for row in patch(model).fused].count("attention on cpu") == 2
+    calls.clear()
+    assert_same_run(model, FAMILIES[name].batch(), expected)
+    assert calls == ["ours"] * 2
+
+
+def test_a_block_that_neither_turns_nor_attends_is_left() -> None:
+    model = FAMILIES["gpt2"].with_lora("dense", config={"attn_implementation": "eager"})
+    reasons = [row.reason for row in patch(model).left if row.kind == "GPT2Attention"]
+    assert reasons == ["does not attend by 'sdpa'"] * 2
 
 
 def test_other_attentions_stay(calls: list[str]) -> None:
