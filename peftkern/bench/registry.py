@@ -245,6 +245,12 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             "peftkern.bench.loss:cases",
         ),
         Benchmark(
+            "layer-plans",
+            "peak memory and step time of SmolLM2-135M's shape under plans by layer, beside layers that store",
+            "peftkern.bench.layer_plans:cases",
+            packages=("peft",),
+        ),
+        Benchmark(
             "plan-accuracy",
             "predicted peak memory of training SmolLM2-135M, before it is loaded, beside the measured one",
             "peftkern.bench.plan_accuracy:cases",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from peftkern.patch.layer_plan import in_words
 from peftkern.plan.errors import PlanError
 from peftkern.plan.options import Options
 
@@ -172,9 +173,14 @@ def _refusal(predictor: Predictor, options: Options, budget: float) -> PlanError
     variant = min([*variants, *filter(None, others)], key=predictor.total)
     needed = predictor.total(variant)
     names = (*(name for name, *_ in _SAVINGS), "recompute", "gradient_checkpointing")
-    changed = [f"{n}={getattr(variant, n)!r}" for n in names if getattr(variant, n) != getattr(options, n)]
+    changed = [_setting(variant, name) for name in names if getattr(variant, name) != getattr(options, name)]
     with_ = f" with {', '.join(changed)}" if changed else ""
     tokens = f"{variant.batch} x {variant.length} tokens"
     return PlanError(
         f"budget: nothing fits into {budget / 1e9:.3g} GB; the smallest for {tokens} is {needed / 1e9:.4g} GB{with_}"
     )
+
+
+def _setting(options: Options, name: str) -> str:
+    value = getattr(options, name)
+    return in_words(value) if isinstance(value, tuple) else f"{name}={value!r}"

@@ -17,10 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peftkern.ops.lora_mlp import RECOMPUTE
+from peftkern.patch.fused import STATE
 from peftkern.plan.devices import Rates
 from peftkern.plan.memory import loss_of
 from peftkern.plan.model import Subject
 from peftkern.select.flops import parts_of
+
+_FORWARD = (torch.ops.peftkern.lora_linear.default, torch.ops.peftkern.sparse_delta.default)
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "linear", "convolution", "convolution_backward"})
 
@@ -64,6 +68,8 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, rates: Rates) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.rates = rates
+        self.not_again: set[int] = set()
+        """Storages that no operator of the forward pass reads from now on in training, whatever reads them here."""
         self.flops = self.bytes = self.seconds = 0.0
         self.operators = 0
 
@@ -71,7 +77,7 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         read, written = _tensors((args, kwargs)), _tensors(out)
-        if not written:
+        if not written or (func in _FORWARD and self.not_again & _memory(read)):
             return out
         flops = sum(part.flops for part in parts_of(func, args, kwargs, out))
         if not flops and not func._schema.is_mutable and _memory(written) & _memory(read):
@@ -107,6 +113,28 @@ def _memory(tensors: list[Tensor]) -> set[int]:
     return {int(tensor.untyped_storage()._cdata) for tensor in tensors}
 
 
+def _behind_recomputed_gates(model: Any) -> set[int]:
+    """Storages of the layers behind gates of blocks that make gate and up again.
+
+    In training such a block is one autograd function that does without its last product in the backward pass. As
+    operators, which are what is counted here, it is under PyTorch's checkpointing, which repeats that one too.
+    """
+    modules = list(model.modules())
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):  # repeats it with the layer
+        return set()
+    blocks = filter(_makes_again, modules)
+    return {int(tensor.untyped_storage()._cdata) for block in blocks for tensor in _tensors_of(block.down_proj)}
+
+
+def _makes_again(module: Any) -> bool:
+    state = module.__dict__.get(STATE)
+    return state is not None and state.recompute in RECOMPUTE and hasattr(module, "down_proj")
+
+
+def _tensors_of(module: Any) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
 def count_work(subject: Subject, batch: Mapping[str, Tensor], rates: Rates) -> Work:
     """The work of forward and backward pass on ``batch``."""
     with ExitStack() as stack:
@@ -115,6 +143,7 @@ def count_work(subject: Subject, batch: Mapping[str, Tensor], rates: Rates) -> W
         count = stack.enter_context(_Count(rates))
         loss = loss_of(subject.model, batch)
         forward = count.flops
+        count.not_again = _behind_recomputed_gates(subject.model)
         loss.backward()  # type: ignore[no-untyped-call]
     for parameter in subject.model.parameters():
         parameter.grad = None

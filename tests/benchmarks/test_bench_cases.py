@@ -18,6 +18,7 @@ from peftkern.bench import (
     Quantity,
     attention,
     half_step,
+    layer_plans,
     linear,
     llama8b,
     loss,
@@ -95,6 +96,13 @@ def test_linear_notices_a_wrong_result(matrix: str) -> None:
 )
 def test_quantize_gives_the_peers_bytes(setup: Callable[[], Case]) -> None:
     setup().check()
+
+
+def test_plans_by_layer_have_the_loss_of_layers_that_store() -> None:
+    for case in layer_plans._time({**SMALL, "num_hidden_layers": 3}, 1, 8):
+        case.check()
+        case.ours()
+        case.peer()
 
 
 OPTIMIZERS = pytest.mark.parametrize("setup", [optimizer.setup_adamw, optimizer.setup_adamw_8bit])
