@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from peftkern.ops.gated_lora_linear import gated_lora_linear
 from peftkern.ops.lora_linear import lora_linear
@@ -214,7 +215,7 @@ def run_experts(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights:
     order = chosen.argsort(stable=True)
     tokens = order // top_k_index.shape[1]
     count = experts.gate_up.weight.shape[0]
-    lengths = torch.bincount(chosen, minlength=count).tolist()
+    lengths = _tokens_of_each(chosen, count)
     rows = x.index_select(0, tokens).split_with_sizes(lengths)
     shares = top_k_weights.flatten()[order, None].split_with_sizes(lengths)
     y = torch.zeros_like(x)
@@ -223,6 +224,14 @@ def run_experts(experts: Experts, x: Tensor, top_k_index: Tensor, top_k_weights:
             part = _run_expert(experts, expert, rows[expert], backend) * shares[expert]
             y.index_add_(0, places, part.to(y.dtype))
     return y
+
+
+def _tokens_of_each(chosen: Tensor, count: int) -> list[int]:
+    """How many tokens go to each expert; as even as can be where the tensor has no numbers, which is in planning."""
+    if isinstance(chosen, FakeTensor):
+        return [len(range(expert, len(chosen), count)) for expert in range(count)]
+    lengths: list[int] = torch.bincount(chosen, minlength=count).tolist()
+    return lengths
 
 
 def _run_expert(experts: Experts, expert: int, x: Tensor, backend: str | None) -> Tensor:

@@ -25,7 +25,7 @@ from peftkern.backends import registry
 from peftkern.ops.lora_linear import counting_eager_calls
 from peftkern.plan.errors import PlanError
 from peftkern.plan.model import Subject, storage_of
-from peftkern.plan.stand_ins import STAND_INS
+from peftkern.plan.stand_ins import STAND_INS, run_operator
 from peftkern.select.trace import model_loss
 
 PARTS = ("weights", "adapters", "optimizer", "gradients", "activations", "loss", "scratch")
@@ -103,7 +103,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = run_operator(func, args, kwargs)
         if not self._paused:
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):

@@ -22,6 +22,7 @@ from peftkern.patch.fused import STATE
 from peftkern.plan.devices import Rates
 from peftkern.plan.memory import loss_of
 from peftkern.plan.model import Subject
+from peftkern.plan.stand_ins import run_operator
 from peftkern.select.flops import parts_of
 
 _FORWARD = (torch.ops.peftkern.lora_linear.default, torch.ops.peftkern.sparse_delta.default)
@@ -75,7 +76,7 @@ class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = run_operator(func, args, kwargs)
         read, written = _tensors((args, kwargs)), _tensors(out)
         if not written or (func in _FORWARD and self.not_again & _memory(read)):
             return out
