@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import GPT2Config, LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 VOCABULARY = 4096
 SHAPE = {
@@ -29,10 +29,6 @@ def deep_llama() -> Any:
 def gpt2() -> Any:
     sizes = {"n_embd": 192, "n_layer": 2, "n_head": 6, "n_positions": 256, "vocab_size": VOCABULARY}
     return GPT2Config(**sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)
-
-
-def mixtral() -> Any:
-    return MixtralConfig(**{**SHAPE, "intermediate_size": 384}, num_local_experts=4)
 
 
 def qwen3_moe() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_models import SHAPE, deep_llama, gpt2, llama, mixtral, qwen3, qwen3_moe
+from plan_models import SHAPE, deep_llama, gpt2, llama, qwen3, qwen3_moe
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,7 +33,6 @@ CASES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "lora-tied": (qwen3, {}),
     "lora-tied-embeddings-int8": (qwen3, {"embeddings": "int8", "logits": False}),
     "lora-head-and-embeddings-int8": (llama, {"embeddings": "int8", "head": "int8"}),
-    "lora-experts": (mixtral, {}),
     "lora-experts-layer-and-store": (qwen3_moe, {"recompute": ("layer", "store")}),
     "full-experts": (qwen3_moe, FULL),
     "sparse": (llama, {"method": "sparse", "density": 0.02}),
