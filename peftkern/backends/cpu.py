@@ -100,7 +100,7 @@ def product_precision(dtype: torch.dtype, isa: str) -> int:
     float32 activations follow ``torch.get_float32_matmul_precision()``: "highest" is float32 throughout; "high" admits
     float16 operands where the processor multiplies them (their 11-bit mantissa is TF32's, which "high" stands for);
     "medium" admits bfloat16 ones as well. 16-bit activations take the fastest that the processor has and that keeps
-    their own precision.
+    their own precision. In bfloat16 that goes for factors of adapters, and for h and g where they are multiplied on.
     """
     row = instruction_sets()[isa]
     allowed = torch.get_float32_matmul_precision() if dtype == torch.float32 else str(dtype)
