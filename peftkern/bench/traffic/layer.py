@@ -127,6 +127,9 @@ def bitsandbytes_linear(linear: nn.Linear) -> nn.Module:
     """bitsandbytes' layer as transformers loads it: quantized by bitsandbytes, which takes ``meta`` tensors too."""
     import bitsandbytes as bnb
 
+    # bitsandbytes keeps this table for the whole process, on the device where it needs it first
+    with torch.device("cpu"):
+        bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
     packed, state = bnb.functional.quantize_4bit(linear.weight.data, blocksize=BLOCK_SIZE, **options)
     result: nn.Module = bnb.nn.Linear4bit(
