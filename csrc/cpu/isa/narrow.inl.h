@@ -9,7 +9,7 @@
 #ifdef PEFTKERN_VECTOR_FORMS
 constexpr int64_t kMostNarrow = 32;       // a larger rank is as well served by panels
 constexpr int64_t kNarrowStep = 8;        // ranks are multiples of it
-constexpr int64_t kNarrowTokens = 64;     // fewer leave no tile of panels half empty
+constexpr int64_t kNarrowTokens = 64;     // few tokens are read in one tile of panels
 constexpr int64_t kMostFactor = 1 << 18;  // elements of a factor, which every task may have to turn: 1 MB of scratch
 constexpr int64_t kInnerTokensPerTask = 32;
 constexpr int64_t kOuterBlock = 256;              // tokens whose sum is added to the total at once

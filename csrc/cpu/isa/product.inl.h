@@ -2,7 +2,7 @@
 //
 // A task owns a range of outputs (and of tokens, where there are too few outputs to go round). For each block of
 // features it decodes its part of the weight once, into panels that stay in the L2 cache, and walks over all tokens
-// with register tiles; the low-rank terms are one more block of features in the same accumulators. Where one tile holds
+// with register tiles; the low-rank terms are features of the last block, or a block of their own. Where one tile holds
 // all tokens a panel is used once, so it is made small enough for the L1 cache, and the activations are packed once.
 // Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of threads.
 #pragma once
