@@ -18,6 +18,10 @@ EFFORT = Effort(minimum_pairs=5, maximum_pairs=15, seconds=60.0)
 TOLERANCE = 1e-4
 """For the loss and every gradient: float32 rounding, summed up over the layers."""
 
+LOG_SOFTMAX_TOLERANCE = 1e-3
+"""Where ours does without logits: the peer's float32 log-softmax over 49152 scores is off by 2e-6 for every token, to
+the same side. Against a loss in float64 its gradients are off by up to 4e-4, and ours by 1e-5."""
+
 BFLOAT16_TOLERANCE = 0.25
 """The same for bfloat16: every layer rounds what passes through it to 8 bits, forward and backward."""
 
@@ -58,7 +62,7 @@ def cases() -> Iterator[Case]:
     """Cases of ``step-smollm2``."""
     with smollm2.checkpoint() as checkpoint:
         yield setup_step(checkpoint)
-        yield setup_step(checkpoint, ours="ours without logits", what=WITHOUT_LOGITS)
+        yield setup_step(checkpoint, ours="ours without logits", tolerance=LOG_SOFTMAX_TOLERANCE, what=WITHOUT_LOGITS)
 
 
 def bf16_cases() -> Iterator[Case]:
