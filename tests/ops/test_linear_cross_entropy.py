@@ -234,6 +234,17 @@ def test_leading_dimensions_and_strides() -> None:
     torch.testing.assert_close(losses.t().reshape(-1), ours(p, "none"))
 
 
+def test_a_large_vocabulary_leaves_no_bias() -> None:
+    """Errors of a float32 sum over all scores go to one side for every token, and add up in the gradients below."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=generator)
+    weight = 0.3 * torch.randn(49152, 32, generator=generator)
+    labels = torch.randint(49152, (64,), generator=generator)
+    exact = cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="none")
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none").double()
+    assert abs(float((losses - exact).mean() / exact.mean())) < 2e-7
+
+
 def test_extreme_scores() -> None:
     hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
     losses = linear_cross_entropy(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]), reduction="none")
