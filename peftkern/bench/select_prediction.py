@@ -22,7 +22,6 @@ from peftkern.bench.case import Measurement
 from peftkern.bench.result import Quantity
 from peftkern.select.cost_graph import CostGraph
 from peftkern.select.flops import FlopCounter
-from peftkern.select.green_trainer import TIMED
 from peftkern.select.record import record
 from peftkern.select.timing import measure
 from peftkern.select.trace import asking
@@ -98,7 +97,7 @@ def _seconds_cases(
 ) -> Iterator[Measurement]:
     steps.seconds(list(graph.by_name))  # makes the optimizer's state
     batch = {"input_ids": steps.ids, "labels": steps.ids}
-    seconds = measure(steps.model, batch, graph, steps.optimizer, repeats=TIMED)
+    seconds = measure(steps.model, batch, graph, steps.optimizer)
     least = [seconds.smallest()[0]]
     samples: list[list[float]] = [[] for _ in selections]
     forwards = []
