@@ -65,6 +65,7 @@ def test_find_keeps_the_order_and_drops_repeats() -> None:
         "loss-parity",
     ]
     assert find([]) == list(BENCHMARKS.values())
+    assert find(["step-smollm2-highest", "step-smollm2"]) == [BENCHMARKS["step-smollm2"]]
 
 
 def test_find_lists_the_known_names_and_guesses() -> None:
