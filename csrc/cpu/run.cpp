@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -40,6 +41,9 @@ void* thread_scratch(size_t bytes) {
     if (!memory) throw std::bad_alloc();
     size = rounded;
   }
+#ifdef PEFTKERN_POISON_SCRATCH
+  std::memset(memory.get(), 0xFF, bytes);  // no number in any dtype: what reads it before it is written shows
+#endif
   return memory.get();
 }
 

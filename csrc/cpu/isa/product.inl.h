@@ -218,11 +218,13 @@ static void turn_floats(const float* source, int64_t stride, int rows, int64_t s
 }
 #endif
 
+// Rounds the steps up to a pair at least: joined terms stand at even steps, and what lies between them is multiplied
+// with the zeros of a panel.
 #ifdef PEFTKERN_VECTOR_DECODE
 static void turn_activations(const float* source, int64_t stride, Precision form, int rows, int64_t steps,
                              void* packed) {
   if (rows == 1 && form == Precision::float32) {
-    std::memcpy(packed, source, static_cast<size_t>(steps) * sizeof(float));
+    std::memcpy(packed, source, static_cast<size_t>(divide_up(steps, 2) * 2) * sizeof(float));
     return;
   }
   if (form == Precision::float32) return turn_floats(source, stride, rows, steps, static_cast<float*>(packed), rows);
@@ -244,7 +246,7 @@ static void turn_activations(const float* source, int64_t stride, Precision form
 }
 #else
 static void turn_activations(const float* source, int64_t stride, Precision, int rows, int64_t steps, void* packed) {
-  turn_floats(source, stride, rows, steps, static_cast<float*>(packed), rows);
+  turn_floats(source, stride, rows, divide_up(steps, 2) * 2, static_cast<float*>(packed), rows);
 }
 #endif
 
