@@ -110,6 +110,21 @@ static void multiply_floats(float factor, int64_t count, float* values) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factor;
 }
 
+static float dot_floats(const float* a, const float* b, int64_t count) {
+  Float sums[4] = {zero(), zero(), zero(), zero()};
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
+    for (int k = 0; k < 4; ++k) sums[k] = fma(load(a + j + k * kLanes), load(b + j + k * kLanes), sums[k]);
+  float sum = sum_of(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+  for (; j < count; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+// What the loop reads and writes never overlaps: the compiler vectorises it.
+static void add_floats(const float* __restrict values, int64_t count, float* __restrict out) {
+  for (int64_t j = 0; j < count; ++j) out[j] += values[j];
+}
+
 // ---- matrices in the form of their products
 
 // Words of one number each.

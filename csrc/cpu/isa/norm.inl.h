@@ -1,172 +1,307 @@
-// Normalisation of rows and its gradients; peftkern/ops/norm.py has the formulas. A row is walked more than once, in
-// short buffers: it stays in a cache meanwhile.
+// Normalisation of rows and its gradients; peftkern/ops/norm.py has the formulas. A few rows together are walked from
+// end to end, vector by vector, once for each sum that the next walk needs: only the first walk finds them outside the
+// caches. Weights are read, and their gradients added to, once for all rows of a walk.
 #pragma once
 
-constexpr int64_t kNormBuffer = 256;
+// A vector of a row from feature `at` on: all lanes, or the first `count`, where others are neither read nor written.
+struct AllLanes {
+  int64_t at;
+};
+struct FirstLanes {
+  int64_t at, count;
+};
 
-// The elements as floats: in place where they are floats.
-static const float* floats_of(const void* data, DType dtype, int64_t begin, int64_t count, float* buffer) {
-  if (dtype == DType::float32) return static_cast<const float*>(data) + begin;
-  read_floats(data, dtype, begin, count, buffer);
-  return buffer;
+template <DType kDType>
+static inline Float read_vector(const void* row, AllLanes v, float = 0.0f) {
+  return load_elements<kDType>(row, v.at);
 }
 
-static void round_floats(DType dtype, int64_t count, float* values) {
-  if (dtype == DType::float32) return;
-  uint16_t halves[kNormBuffer];
-  write_floats(halves, dtype, 0, count, values);
-  read_floats(halves, dtype, 0, count, values);
+// `rest` in the lanes that are not read.
+template <DType kDType>
+static inline Float read_vector(const void* row, FirstLanes v, float rest = 0.0f) {
+  alignas(64) float values[kLanes];
+  for (float& value : values) value = rest;
+  read_floats(row, kDType, v.at, v.count, values);
+  return load(values);
 }
 
-static float sum_floats(const float* a, int64_t count) {
-  Float sums[kLanes];  // of which four take part: `sum_lanes` reads as many as there are lanes
-  for (Float& sum : sums) sum = zero();
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], load(a + j + k * kLanes));
-  alignas(64) float lanes[kLanes];
-  store(lanes, sum_lanes(sums));
-  float sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  for (; j < count; ++j) sum += a[j];
-  return sum;
+template <DType kDType>
+static inline void write_vector(void* row, AllLanes v, Float values) {
+  store_elements<kDType>(row, v.at, values);
 }
 
-static float dot_floats(const float* a, const float* b, int64_t count) {
-  Float sums[kLanes];  // of which four take part: `sum_lanes` reads as many as there are lanes
-  for (Float& sum : sums) sum = zero();
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
-    for (int k = 0; k < 4; ++k) sums[k] = fma(load(a + j + k * kLanes), load(b + j + k * kLanes), sums[k]);
-  alignas(64) float lanes[kLanes];
-  store(lanes, sum_lanes(sums));
-  float sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  for (; j < count; ++j) sum += a[j] * b[j];
-  return sum;
+template <DType kDType>
+static inline void write_vector(void* row, FirstLanes v, Float values) {
+  alignas(64) float buffer[kLanes];
+  store(buffer, values);
+  write_floats(row, kDType, v.at, v.count, buffer);
 }
 
-// The sum of row and residual, rounded and written.
-static void add_residual(const Norm& n, int64_t row) {
-  alignas(64) float xs[kNormBuffer], others[kNormBuffer], total[kNormBuffer];
-  for (int64_t f = 0; f < n.features; f += kNormBuffer) {
-    const int64_t count = n.features - f < kNormBuffer ? n.features - f : kNormBuffer;
-    const float* x = floats_of(n.x, n.dtype, row * n.x_stride + f, count, xs);
-    const float* residual = floats_of(n.residual, n.dtype, row * n.residual_stride + f, count, others);
-    for (int64_t j = 0; j < count; ++j) total[j] = x[j] + residual[j];
-    write_floats(n.total, n.dtype, row * n.features + f, count, total);
+template <DType kDType>
+static inline Float round_vector(Float values) {
+  if constexpr (kDType == DType::float32) return values;
+  uint16_t halves[kLanes];
+  store_elements<kDType>(halves, 0, values);
+  return load_elements<kDType>(halves, 0);
+}
+
+// work(vector, chain), with chain below kChains; a chain's vectors follow each other in time.
+template <int kChains, class Work>
+static inline void for_vectors(int64_t features, const Work& work) {
+  int64_t f = 0;
+  for (; f + kChains * kLanes <= features; f += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) work(AllLanes{f + chain * kLanes}, chain);
   }
+  for (; f + kLanes <= features; f += kLanes) work(AllLanes{f}, 0);
+  if (f < features) work(FirstLanes{f, features - f}, 0);
 }
 
-// Below, what a loop reads and writes never overlaps, and its scalars are arguments: the compiler vectorises it.
-static void normalize_floats(const float* __restrict values, float mean, float rstd, int64_t count,
-                             float* __restrict out) {
-  for (int64_t j = 0; j < count; ++j) out[j] = (values[j] - mean) * rstd;
-}
+#define PEFTKERN_INLINE __attribute__((always_inline))  // of the body of a loop, for its sums to stay in registers
 
-static void scale_floats(const float* __restrict weight, float offset, int64_t count, float* __restrict out) {
-  for (int64_t j = 0; j < count; ++j) out[j] *= weight[j] + offset;
-}
+constexpr int kNormChains = 4;            // of additions, which hide how long one takes
+constexpr int64_t kNormBytes = 6 * 1024;  // of several rows of one tensor: those of four tensors fit the L1 cache
 
-static void add_floats(const float* __restrict values, int64_t count, float* __restrict out) {
-  for (int64_t j = 0; j < count; ++j) out[j] += values[j];
-}
+template <int kRows>
+struct RowSums {
+  static constexpr int kChains = kNormChains / kRows;
+  Float parts[kRows][kChains];
 
-static void add_products(const float* __restrict a, const float* __restrict b, int64_t count, float* __restrict out) {
-  for (int64_t j = 0; j < count; ++j) out[j] += a[j] * b[j];
-}
-
-static float row_mean(const void* data, DType dtype, int64_t begin, int64_t features) {
-  alignas(64) float buffer[kNormBuffer];
-  float sum = 0.0f;
-  for (int64_t f = 0; f < features; f += kNormBuffer) {
-    const int64_t count = features - f < kNormBuffer ? features - f : kNormBuffer;
-    sum += sum_floats(floats_of(data, dtype, begin + f, count, buffer), count);
+  RowSums() {
+    for (auto& row : parts)
+      for (Float& part : row) part = zero();
   }
-  return sum / static_cast<float>(features);
-}
 
-static float row_mean_square(const void* data, DType dtype, int64_t begin, int64_t features, float mean) {
-  alignas(64) float buffer[kNormBuffer], centered[kNormBuffer];
-  float sum = 0.0f;
-  for (int64_t f = 0; f < features; f += kNormBuffer) {
-    const int64_t count = features - f < kNormBuffer ? features - f : kNormBuffer;
-    const float* values = floats_of(data, dtype, begin + f, count, buffer);
-    if (mean != 0.0f) {
-      normalize_floats(values, mean, 1.0f, count, centered);
-      values = centered;
-    }
-    sum += dot_floats(values, values, count);
-  }
-  return sum / static_cast<float>(features);
-}
-
-static void norm_rows(const Norm& n, int64_t begin, int64_t end) {
-  alignas(64) float buffer[kNormBuffer], rounded[kNormBuffer];
-  for (int64_t row = begin; row < end; ++row) {
-    if (n.residual != nullptr) add_residual(n, row);
-    const void* data = n.residual != nullptr ? n.total : n.x;
-    const int64_t first = row * (n.residual != nullptr ? n.features : n.x_stride);
-    const float mean = n.mean != nullptr ? row_mean(data, n.dtype, first, n.features) : 0.0f;
-    const float square = row_mean_square(data, n.dtype, first, n.features, mean);
-    const float rstd = 1.0f / __builtin_sqrtf(square + n.eps);
-    for (int64_t f = 0; f < n.features; f += kNormBuffer) {
-      const int64_t count = n.features - f < kNormBuffer ? n.features - f : kNormBuffer, at = row * n.features + f;
-      float* out = n.dtype == DType::float32 ? static_cast<float*>(n.y) + at : rounded;
-      normalize_floats(floats_of(data, n.dtype, first + f, count, buffer), mean, rstd, count, out);
-      if (n.round_first) round_floats(n.dtype, count, out);
-      if (n.weight != nullptr) scale_floats(n.weight + f, n.weight_offset, count, out);
-      if (n.bias != nullptr) add_floats(n.bias + f, count, out);
-      if (out == rounded) write_floats(n.y, n.dtype, at, count, out);
-    }
-    n.rstd[row] = rstd;
-    if (n.mean != nullptr) n.mean[row] = mean;
-  }
-}
-
-// One buffer of one row in the backward pass: what arrives at y, the normalised values, and what arrives at those.
-struct NormBuffer {
-  alignas(64) float totals[kNormBuffer], grads[kNormBuffer], normal[kNormBuffer], scaled[kNormBuffer];
-  const float* grad;
-
-  void fill(const NormBackward& n, int64_t row, int64_t f, int64_t count) {
-    const float* total = floats_of(n.total, n.dtype, row * n.total_stride + f, count, totals);
-    grad = floats_of(n.grad, n.dtype, row * n.grad_stride + f, count, grads);
-    normalize_floats(total, n.mean != nullptr ? n.mean[row] : 0.0f, n.rstd[row], count, normal);
-    std::memcpy(scaled, grad, static_cast<size_t>(count) * sizeof(float));
-    if (n.weight != nullptr) scale_floats(n.weight + f, n.weight_offset, count, scaled);
+  float of(int row) const {
+    Float sum = parts[row][0];
+    for (int chain = 1; chain < kChains; ++chain) sum = add(sum, parts[row][chain]);
+    return sum_of(sum);
   }
 };
 
-// out = rstd (scaled - sum - along normal)
-static void norm_gradient(const NormBuffer& b, float rstd, float sum, float along, int64_t count,
-                          float* __restrict out) {
-  for (int64_t j = 0; j < count; ++j) out[j] = rstd * (b.scaled[j] - sum - b.normal[j] * along);
+template <DType kDType>
+constexpr int64_t kElementBytes = kDType == DType::float32 ? 4 : 2;
+
+template <DType kDType, int kRows>
+struct RowsOf {
+  char* at[kRows] = {};
+
+  RowsOf(const void* data, int64_t stride, int64_t first) {
+    if (data == nullptr) return;
+    for (int r = 0; r < kRows; ++r)
+      at[r] = static_cast<char*>(const_cast<void*>(data)) + (first + r) * stride * kElementBytes<kDType>;
+  }
+};
+
+// Calls work(first row, number of rows as a type) for all rows, several at a time where they are short.
+template <DType kDType, class Work>
+static void for_norm_rows(int64_t begin, int64_t end, int64_t features, const Work& work) {
+  int64_t row = begin;
+  if (kNormChains * features * kElementBytes<kDType> <= kNormBytes)
+    for (; row + kNormChains <= end; row += kNormChains) work(row, std::integral_constant<int, kNormChains>());
+  for (; row < end; ++row) work(row, std::integral_constant<int, 1>());
+}
+
+// The sums of the rows, or of their squares.
+template <DType kDType, int kRows>
+static inline RowSums<kRows> sum_rows(RowsOf<kDType, kRows> rows, int64_t features, bool squares) {
+  RowSums<kRows> sums;
+  for_vectors<RowSums<kRows>::kChains>(features, [&](auto v, int chain) PEFTKERN_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Float value = read_vector<kDType>(rows.at[r], v);
+      Float& sum = sums.parts[r][chain];
+      sum = squares ? fma(value, value, sum) : add(sum, value);
+    }
+  });
+  return sums;
+}
+
+// total = x + residual, rounded; and as sum_rows of it.
+template <DType kDType, int kRows>
+static inline RowSums<kRows> add_residual(RowsOf<kDType, kRows> x, RowsOf<kDType, kRows> residual,
+                                          RowsOf<kDType, kRows> total, int64_t features, bool squares) {
+  RowSums<kRows> sums;
+  for_vectors<RowSums<kRows>::kChains>(features, [&](auto v, int chain) PEFTKERN_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      write_vector<kDType>(total.at[r], v,
+                           add(read_vector<kDType>(x.at[r], v), read_vector<kDType>(residual.at[r], v)));
+      const Float value = read_vector<kDType>(total.at[r], v);
+      Float& sum = sums.parts[r][chain];
+      sum = squares ? fma(value, value, sum) : add(sum, value);
+    }
+  });
+  return sums;
+}
+
+// The squares of what is left of the rows without their means.
+template <DType kDType, int kRows>
+static inline RowSums<kRows> sum_centered_squares(RowsOf<kDType, kRows> rows, const float* means, int64_t features) {
+  RowSums<kRows> sums;
+  Float shifts[kRows];
+  for (int r = 0; r < kRows; ++r) shifts[r] = broadcast(-means[r]);
+  for_vectors<RowSums<kRows>::kChains>(features, [&](auto v, int chain) PEFTKERN_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Float centered = add(read_vector<kDType>(rows.at[r], v, means[r]), shifts[r]);
+      sums.parts[r][chain] = fma(centered, centered, sums.parts[r][chain]);
+    }
+  });
+  return sums;
+}
+
+template <DType kDType, int kRows>
+static inline void normalize_rows(const Norm& n, RowsOf<kDType, kRows> rows, const float* means, const float* rstds,
+                                  RowsOf<kDType, kRows> y) {
+  const float* const weight = n.weight;
+  const float* const bias = n.bias;
+  const bool round_first = n.round_first;
+  const Float offset = broadcast(n.weight_offset);
+  Float shifts[kRows], factors[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    shifts[r] = broadcast(-means[r]);
+    factors[r] = broadcast(rstds[r]);
+  }
+  for_vectors<RowSums<kRows>::kChains>(n.features, [&](auto v, int) PEFTKERN_INLINE {
+    const Float scale = weight == nullptr ? broadcast(1.0f) : add(read_vector<DType::float32>(weight, v), offset);
+    const Float shift = bias == nullptr ? zero() : read_vector<DType::float32>(bias, v);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      Float normal = mul(add(read_vector<kDType>(rows.at[r], v), shifts[r]), factors[r]);
+      if (round_first) normal = round_vector<kDType>(normal);
+      write_vector<kDType>(y.at[r], v, fma(normal, scale, shift));
+    }
+  });
+}
+
+template <DType kDType, int kRows>
+static void norm_together(const Norm& n, int64_t first) {
+  using Rows = RowsOf<kDType, kRows>;
+  const bool centered = n.mean != nullptr, adds = n.residual != nullptr;
+  const Rows x(n.x, n.x_stride, first), total(n.total, n.features, first), rows = adds ? total : x;
+  RowSums<kRows> sums =
+      adds ? add_residual<kDType, kRows>(x, Rows(n.residual, n.residual_stride, first), total, n.features, !centered)
+           : sum_rows<kDType, kRows>(x, n.features, !centered);
+  float means[kRows] = {}, rstds[kRows];
+  if (centered) {
+    for (int r = 0; r < kRows; ++r) n.mean[first + r] = means[r] = sums.of(r) / static_cast<float>(n.features);
+    sums = sum_centered_squares<kDType, kRows>(rows, means, n.features);
+  }
+  for (int r = 0; r < kRows; ++r)
+    n.rstd[first + r] = rstds[r] = 1.0f / __builtin_sqrtf(sums.of(r) / static_cast<float>(n.features) + n.eps);
+  normalize_rows<kDType, kRows>(n, rows, means, rstds, Rows(n.y, n.features, first));
+}
+
+template <DType kDType>
+static void norm_rows_of(const Norm& n, int64_t begin, int64_t end) {
+  for_norm_rows<kDType>(begin, end, n.features,
+                        [&](int64_t row, auto rows) { norm_together<kDType, decltype(rows)::value>(n, row); });
+}
+
+static void norm_rows(const Norm& n, int64_t begin, int64_t end) {
+  switch (n.dtype) {
+    case DType::float32:
+      return norm_rows_of<DType::float32>(n, begin, end);
+    case DType::bfloat16:
+      return norm_rows_of<DType::bfloat16>(n, begin, end);
+    case DType::float16:
+      return norm_rows_of<DType::float16>(n, begin, end);
+  }
+}
+
+// ---- backward
+
+// What arrives at the normalised values, summed: by itself and times those values, both over the number of features.
+template <int kRows>
+struct NormSlopes {
+  float means[kRows], rstds[kRows], sum[kRows], along[kRows];
+};
+
+// The sums over a row, and those over rows that are wanted, to which are added.
+template <DType kDType, int kRows>
+static inline void sum_gradients(const NormBackward& n, int64_t first, float* weight_sums, float* bias_sums,
+                                 NormSlopes<kRows>& slopes) {
+  const RowsOf<kDType, kRows> total(n.total, n.total_stride, first), grad(n.grad, n.grad_stride, first);
+  const float* const weight = n.weight;
+  const Float offset = broadcast(n.weight_offset);
+  RowSums<kRows> sums, along;
+  Float shifts[kRows], factors[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    shifts[r] = broadcast(-slopes.means[r]);
+    factors[r] = broadcast(slopes.rstds[r]);
+  }
+  for_vectors<RowSums<kRows>::kChains>(n.features, [&](auto v, int chain) PEFTKERN_INLINE {
+    const Float scale = weight == nullptr ? broadcast(1.0f) : add(read_vector<DType::float32>(weight, v), offset);
+    Float weight_sum = zero(), bias_sum = zero();
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Float arriving = read_vector<kDType>(grad.at[r], v), scaled = mul(arriving, scale);
+      const Float normal = mul(add(read_vector<kDType>(total.at[r], v), shifts[r]), factors[r]);
+      sums.parts[r][chain] = add(sums.parts[r][chain], scaled);
+      along.parts[r][chain] = fma(scaled, normal, along.parts[r][chain]);
+      weight_sum = fma(arriving, normal, weight_sum);
+      bias_sum = add(bias_sum, arriving);
+    }
+    if (weight_sums != nullptr)
+      write_vector<DType::float32>(weight_sums, v, add(read_vector<DType::float32>(weight_sums, v), weight_sum));
+    if (bias_sums != nullptr)
+      write_vector<DType::float32>(bias_sums, v, add(read_vector<DType::float32>(bias_sums, v), bias_sum));
+  });
+  for (int r = 0; r < kRows; ++r) {
+    slopes.sum[r] = n.mean == nullptr ? 0.0f : sums.of(r) / static_cast<float>(n.features);
+    slopes.along[r] = along.of(r) / static_cast<float>(n.features);
+  }
+}
+
+template <DType kDType, int kRows>
+static inline void write_gradients(const NormBackward& n, int64_t first, const NormSlopes<kRows>& slopes) {
+  const RowsOf<kDType, kRows> total(n.total, n.total_stride, first), grad(n.grad, n.grad_stride, first);
+  const RowsOf<kDType, kRows> added(n.grad_total, n.grad_total_stride, first), out(n.grad_x, n.features, first);
+  const float* const weight = n.weight;
+  const bool adds = n.grad_total != nullptr;
+  const Float offset = broadcast(n.weight_offset);
+  Float shifts[kRows], factors[kRows], sums[kRows], slants[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    shifts[r] = broadcast(-slopes.means[r]);
+    factors[r] = broadcast(slopes.rstds[r]);
+    sums[r] = broadcast(-slopes.sum[r]);
+    slants[r] = broadcast(-slopes.along[r] * slopes.rstds[r]);
+  }
+  for_vectors<RowSums<kRows>::kChains>(n.features, [&](auto v, int) PEFTKERN_INLINE {
+    const Float scale = weight == nullptr ? broadcast(1.0f) : add(read_vector<DType::float32>(weight, v), offset);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Float centered = add(read_vector<kDType>(total.at[r], v), shifts[r]);
+      const Float scaled = add(mul(read_vector<kDType>(grad.at[r], v), scale), sums[r]);
+      const Float slope = fma(centered, slants[r], scaled);
+      write_vector<kDType>(out.at[r], v, fma(slope, factors[r], adds ? read_vector<kDType>(added.at[r], v) : zero()));
+    }
+  });
+}
+
+template <DType kDType>
+static void norm_backward_of(const NormBackward& n, int64_t begin, int64_t end, float* weight_sums, float* bias_sums) {
+  for_norm_rows<kDType>(begin, end, n.features, [&](int64_t first, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    NormSlopes<kRows> slopes;
+    for (int r = 0; r < kRows; ++r) {
+      slopes.means[r] = n.mean == nullptr ? 0.0f : n.mean[first + r];
+      slopes.rstds[r] = n.rstd[first + r];
+    }
+    sum_gradients<kDType, kRows>(n, first, weight_sums, bias_sums, slopes);
+    if (n.grad_x != nullptr) write_gradients<kDType, kRows>(n, first, slopes);
+  });
 }
 
 static void norm_backward_rows(const NormBackward& n, int64_t begin, int64_t end, float* weight_sums,
                                float* bias_sums) {
-  NormBuffer b;
-  alignas(64) float arriving[kNormBuffer], rounded[kNormBuffer];
-  for (int64_t row = begin; row < end; ++row) {
-    float along = 0.0f, sum = 0.0f;
-    for (int64_t f = 0; f < n.features; f += kNormBuffer) {
-      const int64_t count = n.features - f < kNormBuffer ? n.features - f : kNormBuffer;
-      b.fill(n, row, f, count);
-      along += dot_floats(b.scaled, b.normal, count);
-      if (n.mean != nullptr) sum += sum_floats(b.scaled, count);
-      if (weight_sums != nullptr) add_products(b.grad, b.normal, count, weight_sums + f);
-      if (bias_sums != nullptr) add_floats(b.grad, count, bias_sums + f);
-    }
-    if (n.grad_x == nullptr) continue;
-    along /= static_cast<float>(n.features);
-    sum /= static_cast<float>(n.features);
-    for (int64_t f = 0; f < n.features; f += kNormBuffer) {
-      const int64_t count = n.features - f < kNormBuffer ? n.features - f : kNormBuffer, at = row * n.features + f;
-      float* out = n.dtype == DType::float32 ? static_cast<float*>(n.grad_x) + at : rounded;
-      b.fill(n, row, f, count);
-      norm_gradient(b, n.rstd[row], sum, along, count, out);
-      if (n.grad_total != nullptr)
-        add_floats(floats_of(n.grad_total, n.dtype, row * n.grad_total_stride + f, count, arriving), count, out);
-      if (out == rounded) write_floats(n.grad_x, n.dtype, at, count, out);
-    }
+  switch (n.dtype) {
+    case DType::float32:
+      return norm_backward_of<DType::float32>(n, begin, end, weight_sums, bias_sums);
+    case DType::bfloat16:
+      return norm_backward_of<DType::bfloat16>(n, begin, end, weight_sums, bias_sums);
+    case DType::float16:
+      return norm_backward_of<DType::float16>(n, begin, end, weight_sums, bias_sums);
   }
 }

@@ -18,6 +18,11 @@ static inline Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b
 static inline Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 static inline Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where one is no number
+static inline float sum_of(Float v) {
+  const __m128 fours = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pairs = _mm_add_ps(fours, _mm_movehl_ps(fours, fours));
+  return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
+}
 
 static inline Int int_zero() { return _mm256_setzero_si256(); }
 static inline Int add_int(Int a, int b) { return _mm256_add_epi32(a, _mm256_set1_epi32(b)); }

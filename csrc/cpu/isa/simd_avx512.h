@@ -17,6 +17,7 @@ static inline Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b
 static inline Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 static inline Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 static inline Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where one is no number
+static inline float sum_of(Float v) { return _mm512_reduce_add_ps(v); }
 
 static inline Int int_zero() { return _mm512_setzero_si512(); }
 static inline Int add_int(Int a, int b) { return _mm512_add_epi32(a, _mm512_set1_epi32(b)); }
@@ -137,9 +138,9 @@ static inline Float sum_lanes(const Float r[16]) {
 static inline Int round_to_bfloat16(Float v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
-  return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+  return _mm512_mask_add_epi32(quiet, _mm512_cmp_ps_mask(v, v, _CMP_ORD_Q), bits,
+                               _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
 }
 
 #ifdef __AVX512BF16__
@@ -169,8 +170,9 @@ static inline Float dot_bfloat16(Int a, Int b, Float sum) {
 
 // Rounded to nearest even; NaN stays NaN.
 static inline void store_bfloat16(uint16_t* p, Float v) {
-  const __m512i words = _mm512_srli_epi32(round_to_bfloat16(v), 16);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+  alignas(64) static constexpr uint16_t kHighHalves[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i words = _mm512_permutexvar_epi16(load_int(kHighHalves), round_to_bfloat16(v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(words));
 }
 
 // Past the caches; `p` is a multiple of 64 bytes.

@@ -29,6 +29,7 @@ static inline Float fma(Float a, Float b, Float c) {
 static inline Float mul(Float a, Float b) { return a * b; }
 static inline Float add(Float a, Float b) { return a + b; }
 static inline Float larger(Float a, Float b) { return a > b ? a : b; }  // b where one is no number
+static inline float sum_of(Float v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
 // Lane i becomes the sum of the lanes of r[i].
 static inline Float sum_lanes(const Float r[4]) {
