@@ -30,9 +30,10 @@ def finetune(
     Data are rows with a column 'messages', columns 'prompt' and 'response', or a column 'text', or one long plain text.
     """
     from peftkern.finetune import run
-    from peftkern.finetune.config import load_config
+    from peftkern.finetune.config import FinetuneConfig, given_settings
 
     with one_line_errors(debug):
         if not debug:
             quiet_libraries()
-        run.finetune(load_config(config, settings), Console())
+        given = given_settings(config, settings)
+        run.finetune(FinetuneConfig(**given), Console(), given)

@@ -24,7 +24,10 @@ def plan(
     ),
     density: Annotated[float, typer.Option(help="Of sparse deltas.")] = 0.01,
     quantization: Annotated[
-        str | None, typer.Option(help="nf4, fp4, int8 or none. [default: nf4, and none for full]", show_default=False)
+        str | None,
+        typer.Option(
+            help="nf4, fp4, int8, none, or auto with a budget. [default: nf4, and none for full]", show_default=False
+        ),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Weights for each scale.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Scales are quantized as well.")] = True,

@@ -14,10 +14,13 @@ from peftkern.finetune.errors import InputError
 from peftkern.finetune.methods import METHODS
 from peftkern.finetune.selections import SELECTIONS
 from peftkern.formats import BLOCK_SIZES
+from peftkern.ops.lora_mlp import RECOMPUTE
+from peftkern.patch.layer_plan import TEXTS as RECOMPUTED_LAYERS
 
 FORMATS = ("nf4", "fp4", "int8")
 QUANTIZATIONS = (*FORMATS, "none")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("AdamW", "AdamW8bit")
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 ALL_LINEAR = "all-linear"
 DEFAULT_EVAL_FRACTION = 0.1
@@ -35,7 +38,7 @@ def _required(help: str, group: str) -> Any:
 
 
 DATA, METHOD, SELECTION, ADAPTER = "Data", "Method", "Selection", "Adapter"
-MODEL, TRAINING, OUTPUT = "Model", "Training", "Output"
+MODEL, TRAINING, MEMORY, OUTPUT = "Model", "Training", "Memory", "Output"
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,16 @@ class FinetuneConfig:
     gradient_accumulation: int = _setting(1, "Forward passes per optimizer step.", TRAINING)
     learning_rate: float = _setting(2e-4, "Peak learning rate of AdamW.", TRAINING)
     warmup: float = _setting(0.05, "Warm-up: steps, or below 1 the share of all steps.", TRAINING)
+    optimizer: str = _setting("AdamW", "AdamW8bit keeps a quarter of the state.", TRAINING, OPTIMIZERS)
     seed: int = _setting(0, "Seed of initialisation, order of examples and dropout.", TRAINING)
-    gradient_checkpointing: bool = _setting(False, "Compute activations again in backward to save memory.", TRAINING)
+    memory: str | None = _setting(
+        None, "Fit the run into so much, as 12GB: what no setting says is chosen, and shown.", MEMORY
+    )
+    gradient_checkpointing: bool = _setting(False, "Compute activations again in backward to save memory.", MEMORY)
+    recompute: str | None = _setting(
+        None, "What gated blocks compute again, mlp or up; or a word for each layer, as layer*4,mlp*20,store*6.", MEMORY
+    )
+    logits: bool = _setting(True, "Compute logits in training; without them the loss takes less memory.", MEMORY)
 
     def __post_init__(self) -> None:
         for name, text in (("model", self.model), ("data", self.data), ("output", self.output)):
@@ -123,7 +134,20 @@ class FinetuneConfig:
             within = value is None or (math.isfinite(value) and low <= value <= high)
             _require(within, name, _range_text(low, high), value)
         _require(self.block_size in BLOCK_SIZES, "block_size", f"must be one of {sorted(BLOCK_SIZES)}", self.block_size)
+        self._check_memory()
         self._check_combinations()
+
+    def _check_memory(self) -> None:
+        if self.memory is not None:
+            from peftkern.plan import PlanError
+            from peftkern.plan.search import parse_bytes
+
+            try:
+                parse_bytes(self.memory)
+            except PlanError as error:
+                raise InputError(f"--memory: {error}") from error
+        if isinstance(self.recompute_words, list) and self.gradient_checkpointing:
+            raise InputError("give --gradient-checkpointing or a --recompute with words for layers, not both")
 
     def _check_combinations(self) -> None:
         if self.eval_data is not None and self.eval_fraction is not None:
@@ -160,6 +184,23 @@ class FinetuneConfig:
         if self.target_modules == ALL_LINEAR:
             return ALL_LINEAR
         return [name.strip() for name in self.target_modules.split(",") if name.strip()]
+
+    @property
+    def recompute_words(self) -> str | list[str] | None:
+        """What ``peftkern.patch(recompute=...)`` takes."""
+        if self.recompute is None or self.recompute in RECOMPUTE:
+            return self.recompute
+        words: list[str] = []
+        for item in self.recompute.split(","):
+            word, _, count = (part.strip() for part in item.partition("*"))
+            times = int(count) if count.isdigit() else 0 if count else 1
+            if word not in RECOMPUTED_LAYERS or times < 1:
+                raise InputError(
+                    f"--recompute must be {' or '.join(RECOMPUTE)}, or words for layers with commas between, as "
+                    f"layer*4,mlp*20,store*6, of {', '.join(RECOMPUTED_LAYERS)}; got {self.recompute!r}"
+                )
+            words += [word] * times
+        return words
 
     @property
     def held_out_share(self) -> float:
@@ -219,21 +260,35 @@ def option_name(field: str) -> str:
     return "MODEL" if field == "model" else "--" + field.replace("_", "-")
 
 
+def changed_settings(config: FinetuneConfig) -> list[str]:
+    """Names of settings that are not what they are by default."""
+    return [field.name for field in dataclasses.fields(config) if getattr(config, field.name) != field.default]
+
+
 # ---- from a YAML file and options
 
 
 def load_config(yaml_file: Path | None, options: Mapping[str, Any]) -> FinetuneConfig:
-    """The settings in a YAML file, overridden by ``options`` (those that are not ``None``).
+    """A run with `given_settings`.
 
     Raises:
-        InputError: the file cannot be read, a key is unknown, or a value does not fit.
+        InputError: as there, or a setting does not fit.
+    """
+    return FinetuneConfig(**given_settings(yaml_file, options))
+
+
+def given_settings(yaml_file: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a YAML file, overridden by ``options`` (those that are not ``None``); no defaults are among them.
+
+    Raises:
+        InputError: the file cannot be read, a key is unknown, a value has another type, or MODEL or --data is missing.
     """
     settings = {} if yaml_file is None else _read_yaml(yaml_file)
     settings |= {name: value for name, value in options.items() if value is not None}
     missing = [name for name in ("model", "data") if settings.get(name) is None]
     if missing:
         raise InputError(f"{option_name(missing[0])} is missing: give it on the command line or in the --config file")
-    return FinetuneConfig(**settings)
+    return settings
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -284,7 +339,7 @@ def _convert(key: Any, value: Any, types: Mapping[str, tuple[type, bool]], path:
     wanted, optional = types[_name_of(key)]
     if value is None and optional:
         return None
-    if _name_of(key) == "target_modules" and isinstance(value, list):
+    if _name_of(key) in ("target_modules", "recompute") and isinstance(value, list):
         return ",".join(str(item) for item in value)
     if wanted is float and not isinstance(value, bool):
         # YAML 1.1 reads 2e-4, without a point, as a string

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,13 @@ def held_out_loss(
     examples: Sequence[Example],
     collate: PadRight,
     batch_size: int,
+    logits: bool = True,
     on_batch: Callable[[int], None] = lambda examples: None,
 ) -> HeldOutLoss:
     """The loss of ``model`` on ``examples``, each token weighing the same. The model's mode is as before afterwards.
 
     Args:
+        logits: without them the loss takes less memory, where the model is one that can do without.
         on_batch: called after each batch with its number of examples.
 
     Raises:
@@ -51,7 +54,7 @@ def held_out_loss(
             batch = {name: tensor.to(model.device) for name, tensor in collate(members).items()}
             count = int((batch["labels"][:, 1:] != IGNORED).sum())
             with torch.no_grad():
-                total += float(model(**batch).loss) * count
+                total += _loss(model, batch, logits) * count
             tokens += count
             on_batch(len(members))
     finally:
@@ -61,3 +64,14 @@ def held_out_loss(
             f"the loss on held-out data is {total}; the model's weights or its dtype do not carry the numbers"
         )
     return HeldOutLoss(total / tokens, tokens)
+
+
+def _loss(model: Any, batch: Mapping[str, Any], logits: bool) -> float:
+    """The mean."""
+    if not logits:
+        from peftkern.integrations.preference import token_logprobs
+
+        with suppress(ValueError):  # the report of `patch` says that this model needs its logits
+            logprobs = token_logprobs(model, batch)
+            return -float(logprobs.sum()) / int((batch["labels"][:, 1:] != IGNORED).sum())
+    return float(model(**batch).loss)

@@ -102,7 +102,10 @@ def load_adapted_model(
         model = _attach_adapter(config, model)
     if method is not None:
         _prepare(method, model, config)
-    report = patch(model)
+    try:
+        report = patch(model, logits=config.logits, recompute=config.recompute_words)
+    except ValueError as error:
+        raise InputError(f"--recompute: {_first_line(error).removeprefix('patch: recompute: ')}") from error
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return AdaptedModel(model, report, quantization, method, trained)
 
@@ -121,7 +124,7 @@ def _load_quantized(config: FinetuneConfig, source: ModelSource, model_config: A
 
     from peftkern.integrations import QuantConfig
 
-    options: dict[str, Any] = {"dtype": _dtype(config.dtype)}
+    options: dict[str, Any] = {"dtype": dtype_of(config.dtype)}
     if torch.cuda.is_available():
         options["device_map"] = {"": torch.cuda.current_device()}
     existing = getattr(model_config, "quantization_config", None)
@@ -150,7 +153,8 @@ def _describe_quantization(config: FinetuneConfig) -> str:
     return "; ".join([described, *(f"{name} {format}" for name, format in ends.items() if format is not None)])
 
 
-def _dtype(name: str) -> Any:
+def dtype_of(name: str) -> Any:
+    """PyTorch's, of what ``--dtype`` says."""
     import torch
 
     if name == "auto":

@@ -61,6 +61,10 @@ class Reporter:
         if note and before // stride != self._done // stride:
             self.say(f"{self._what}: {self._done}/{self._total} {note}")
 
+    def show(self, renderable: object) -> None:
+        """Print a table."""
+        self.console.print(renderable, highlight=False)
+
     def say(self, text: str) -> None:
         """Print a line; square brackets are printed as they are."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from peftkern.finetune import methods, selections
-from peftkern.finetune.config import FinetuneConfig
+from peftkern.finetune import fitting, methods, selections
+from peftkern.finetune.config import FinetuneConfig, changed_settings
 from peftkern.finetune.encoding import PadRight, Splits, load_splits
 from peftkern.finetune.errors import InputError
 from peftkern.finetune.evaluation import HeldOutLoss, held_out_loss
@@ -37,7 +38,7 @@ from peftkern.finetune.versions import versions
 if TYPE_CHECKING:
     from peftkern.select.view import SelectionView
 
-_BEFORE = "held_out_before"
+_BEFORE, _FIT = "held_out_before", "fit"
 _SELECTION_FILES = ("selection.png", "selection.json")
 _PACKAGES = ("torch", "transformers", "peft")
 
@@ -55,6 +56,7 @@ class Session:
     adapted: AdaptedModel
     before: HeldOutLoss | None
     started: float
+    fit: fitting.Fit | None = None
 
     @property
     def pad(self) -> PadRight:
@@ -81,27 +83,34 @@ class Results:
     seconds: float
 
 
-def finetune(config: FinetuneConfig, console: Console) -> Results:
+def finetune(config: FinetuneConfig, console: Console, given: Collection[str] = ()) -> Results:
     """Fine-tune a model as the settings say, and write adapter, loss curve and summary to the output folder.
+
+    ``given`` names settings that ``config.memory`` leaves as they are: what the user has said. Those that are not what
+    they are by default are left as well.
 
     Raises:
         InputError: something that was asked for cannot be done; nothing was written.
         InterruptedRunError: stopped on request, with a checkpoint.
         RunError: the run failed on its way.
     """
-    session = start(config, console)
+    session = start(config, console, given)
     return finish(session, train_session(session))
 
 
-def start(config: FinetuneConfig, console: Console) -> Session:
+def start(config: FinetuneConfig, console: Console, given: Collection[str] = ()) -> Session:
     """Check the settings against files and data, load the model, and evaluate it on the held-out data."""
     started = time.perf_counter()
     output = OutputFolder.prepare(config)
     with output.discarded_on_failure():
-        return _start(config, output, Reporter(console), started)
+        return _start(config, given, output, Reporter(console), started)
 
 
-def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, started: float) -> Session:
+def _start(
+    config: FinetuneConfig, given: Collection[str], output: OutputFolder, reporter: Reporter, started: float
+) -> Session:
+    if config.memory is not None:
+        fitting.check(config)
     method = methods.build(config) if config.select is None else selections.build(config)
     source = find_model(config.model, reporter.say)
     tokenizer = load_tokenizer(source)
@@ -109,18 +118,28 @@ def _start(config: FinetuneConfig, output: OutputFolder, reporter: Reporter, sta
     max_length = _longest_input(config, model_config, reporter)
     splits = load_splits(config, tokenizer, max_length)
     _describe_data(splits, max_length, reporter)
+    asked, fit = config, None
+    if config.memory is not None:
+        # a run that goes on keeps what it began with
+        noted = output.read_facts()[_FIT] if config.resume else None
+        kept = {*given, *changed_settings(config)}
+        fit = fitting.fit(config, kept, model_config, splits) if noted is None else fitting.Fit(**noted)
+        config = fit.applied_to(config)
+        reporter.show(fit.table())
+        reporter.say(f"the same without --memory: {fit.command()}")
     adapted = load_adapted_model(config, source, model_config, method)
     reporter.say(f"\n{source.name}: {adapted.quantization}; {_describe_method(config)}, {adapted.trained:,} numbers")
     reporter.say(f"{adapted.report}\n")
     if config.packing:
         _prepare_packing(adapted.model)
-    session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started)
+    session = Session(config, output, reporter, source, tokenizer, splits, adapted, None, started, fit)
     if config.resume:
         noted = output.read_facts()[_BEFORE]
         before = None if noted is None else HeldOutLoss(**noted)
     else:
         before = _evaluate(session, "held-out loss before")
-        output.start_checkpoints(config, {_BEFORE: None if before is None else asdict(before)})
+        facts = {_BEFORE: None if before is None else asdict(before), _FIT: None if fit is None else fit.as_data()}
+        output.start_checkpoints(asked, facts)
     return replace(session, before=before)
 
 
@@ -214,7 +233,8 @@ def _evaluate(session: Session, what: str) -> HeldOutLoss | None:
         return None
     batch_size = session.config.batch_size
     with session.reporter.activity(what, total=len(examples)) as reporter:
-        loss = held_out_loss(session.adapted.model, examples, session.pad, batch_size, reporter.advance)
+        logits = session.config.logits
+        loss = held_out_loss(session.adapted.model, examples, session.pad, batch_size, logits, reporter.advance)
     session.reporter.say(f"{what}: {loss.loss:.4f} (perplexity {loss.perplexity:.2f}, {loss.tokens} tokens)")
     return loss
 
@@ -270,6 +290,7 @@ def summarise(session: Session, results: Results) -> dict[str, Any]:
         "tokens_per_second": record.tokens_per_second,
         "seconds": {"training": record.seconds, "total": results.seconds},
         "peak_memory_mb": {"resident": record.peak_resident_mb, "gpu": record.peak_gpu_mb},
+        "fit": None if session.fit is None else session.fit.as_data(),
         "examples": {
             "train": len(splits.train),
             "held_out": len(splits.held_out),
@@ -309,10 +330,12 @@ def _closing_lines(session: Session, results: Results) -> list[str]:
         lines.append(f"selection       {results.selection.now}")
         lines += [f"saved           {line.removeprefix('saved ')}" for line in results.selection.savings.lines()]
     gpu = "" if record.peak_gpu_mb is None else f", {record.peak_gpu_mb:.0f} MB on the GPU"
+    fit = session.fit
     return [
         *lines,
         f"training        {record.seconds:.0f} s for {record.steps} steps, {record.tokens_per_second:.0f} tokens/s",
         f"in all          {results.seconds:.0f} s",
         f"peak memory     {record.peak_resident_mb:.0f} MB{gpu}",
+        *([] if fit is None else [f"of the budget   {fit.comparison(record.peak_resident_mb, record.peak_gpu_mb)}"]),
         f"written to      {session.output.path}: {', '.join(written)}, summary.json",
     ]

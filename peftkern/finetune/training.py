@@ -120,7 +120,7 @@ def _make_trainer(
     import torch
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    from peftkern.optim import AdamW
+    from peftkern.optim import AdamW, AdamW8bit
 
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -146,7 +146,8 @@ def _make_trainer(
         report_to="none",
     )
     # methods mask and move the optimizer's state; without one the Trainer's own does
-    optimizer = None if method is None else (AdamW, {"lr": config.learning_rate, "weight_decay": 0.0})
+    own = {"AdamW": None if method is None else AdamW, "AdamW8bit": AdamW8bit}[config.optimizer]
+    optimizer = None if own is None else (own, {"lr": config.learning_rate, "weight_decay": 0.0})
     trainer = Trainer(
         model=model,
         args=arguments,

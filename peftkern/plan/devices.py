@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftkern.plan.errors import PlanError
 
@@ -122,3 +123,32 @@ def find(name: str) -> Device:
         raise PlanError(f"device {name!r} is not known; {guess}There are {', '.join(NAMES)}")
     gpu = _GPUS[key]
     return Device(key, gpu.memory * 1e9, _CONTEXT_BYTES, _ROUNDED_UP, gpu.rates(), measured=False)
+
+
+_STANDS_IN = "rtx-3090"
+
+
+def of_this_machine(resident: float) -> Device:
+    """The GPU that PyTorch runs on, or the CPU, for budgets that count all that a process takes.
+
+    A GPU that is not in the table has the rates of another one, and a name that says so; they order the options all
+    the same.
+
+    Args:
+        resident: bytes of memory that this process has taken already, which no tensor gets on a CPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return replace(find(CPU), context=resident)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    known = key_of(properties.name)
+    device = find(known or _STANDS_IN)
+    name = known or f"{properties.name}, at the rates of an {_STANDS_IN}"
+    return replace(device, name=name, memory=float(properties.total_memory))
+
+
+def key_of(gpu: str) -> str | None:
+    """What the table calls a GPU, by the name that its driver gives it; ``None``: it is not in the table."""
+    words = set(re.split(r"[^a-z0-9]+", gpu.lower()))
+    return next((key for key in _GPUS if words.issuperset(key.split("-"))), None)

@@ -53,6 +53,10 @@ class Segment:
     start: dict[str, float]
     peak: dict[str, float]
 
+    def with_parts(self, parts: Parts) -> Segment:
+        """With these in place of its own of that name."""
+        return Segment({**self.start, **parts}, {**self.peak, **parts})
+
 
 @dataclass
 class Record:
@@ -154,11 +158,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             del self._alive[block.number]
 
 
-def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: Callable[[Tensor], int]) -> Record:
-    """What comes and goes in forward and backward pass of a later step, when the optimizer has its state.
-
-    ``optimizer_state``: bytes of the state of a parameter.
-    """
+def watch_step(subject: Subject, batch: Mapping[str, Tensor]) -> Record:
+    """What comes and goes in forward and backward pass, without the optimizer's state."""
     model = subject.model
     watch = Watch()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -166,8 +167,6 @@ def watch_step(subject: Subject, batch: Mapping[str, Tensor], optimizer_state: C
     with ExitStack() as stack:
         for tensor in (*model.parameters(), *model.buffers()):
             watch.add(tensor, _part_of(subject, tensor))
-        state = sum(optimizer_state(parameter) for parameter in trained)
-        watch.record.blocks.append(Block(0, state, watch._tick(), part="optimizer"))
         stack.enter_context(_segments(subject, watch))
         stack.enter_context(counting_eager_calls())
         stack.enter_context(registry.standing_in(watch.run_operation))

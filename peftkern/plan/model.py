@@ -34,12 +34,14 @@ class Subject:
         added: storages, by their number, of what was attached to be trained: adapters, or sparse deltas.
         layers: the list of its equal layers; ``None`` where it has no such list, or several.
         largest_dense: bytes of the largest weight that is quantized on loading, as it is before.
+        largest_decoded: the same of those that products decode; embeddings decode single rows.
     """
 
     model: Any
     added: frozenset[int]
     layers: nn.ModuleList | None
     largest_dense: int
+    largest_decoded: int
 
     @property
     def config(self) -> Any:
@@ -96,11 +98,11 @@ def build(config: Any, options: Options) -> Subject:
         PlanError: transformers has no language model for it, or it cannot be adapted so.
     """
     model = _empty_model(config, options.dtype)
-    largest = _quantize(model, options) if options.quantization != "none" else 0
+    sizes = _quantize(model, options) if options.quantization != "none" else (0, 0)
     base = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     model = _attach(model, options)
     added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in base]
-    return _finish(model, options, added, largest)
+    return _finish(model, options, added, *sizes)
 
 
 def stand_in(model: nn.Module, options: Options) -> Subject:
@@ -114,7 +116,7 @@ def stand_in(model: nn.Module, options: Options) -> Subject:
     added = [] if base_is_trained else [fakes[id(p)] for p in trained]
     memo: dict[int, Any] = dict(fakes)
     fake_model = copy.deepcopy(model, memo)
-    return _finish(fake_model, options, added, 0)
+    return _finish(fake_model, options, added, 0, 0)
 
 
 def _empty_model(config: Any, dtype: str) -> Any:
@@ -133,7 +135,8 @@ def _empty_model(config: Any, dtype: str) -> Any:
     raise PlanError(f"model: transformers has no language model for a {type(config).__name__} ({problems[0]})")
 
 
-def _quantize(model: Any, options: Options) -> int:
+def _quantize(model: Any, options: Options) -> tuple[int, int]:
+    """Also gives bytes of the largest dense weight, and of the largest that a product decodes."""
     from transformers.pytorch_utils import Conv1D
 
     from peftkern.integrations import QuantConfig
@@ -147,7 +150,7 @@ def _quantize(model: Any, options: Options) -> int:
         embeddings=options.embeddings,
         head=options.head,
     )
-    largest = 0
+    largest = decoded = 0
     try:
         selection = select_modules(model, config)
     except ValueError as error:
@@ -157,6 +160,8 @@ def _quantize(model: Any, options: Options) -> int:
         shape = tuple(layer.weight.shape)
         rows, columns = reversed(shape) if isinstance(layer, Conv1D) else shape
         largest = max(largest, layer.weight.nbytes)
+        if selection.tied is not None or not isinstance(layer, nn.Embedding):
+            decoded = max(decoded, layer.weight.nbytes)
         arguments = config.arguments_for(format)
         empty = QuantizedLinear.empty(columns, rows, False, layer.weight.dtype, **arguments, device="meta")
         try:
@@ -166,7 +171,7 @@ def _quantize(model: Any, options: Options) -> int:
     if selection.tied is not None:
         embeddings, head = map(model.get_submodule, selection.tied)
         TiedQuantizedLinear.tie_(head, embeddings)
-    return largest
+    return largest, decoded
 
 
 def _attach(model: Any, options: Options) -> Any:
@@ -206,7 +211,7 @@ def _attach_sparse(model: Any, options: Options) -> Any:
     return model
 
 
-def _finish(model: Any, options: Options, added: Sequence[Tensor], largest_dense: int) -> Subject:
+def _finish(model: Any, options: Options, added: Sequence[Tensor], largest_dense: int, largest_decoded: int) -> Subject:
     from peftkern.patch import patch
 
     if options.method is not None and options.patched:
@@ -218,7 +223,7 @@ def _finish(model: Any, options: Options, added: Sequence[Tensor], largest_dense
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fakes = _make_fake(model)
     numbers = frozenset(storage_of(fakes.get(id(tensor), tensor)) for tensor in added)
-    return Subject(model.train(), numbers, _equal_layers(model), largest_dense)
+    return Subject(model.train(), numbers, _equal_layers(model), largest_dense, largest_decoded)
 
 
 def storage_of(tensor: Tensor) -> int:

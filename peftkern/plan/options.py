@@ -38,6 +38,7 @@ class Options:
     dtype: str
     batch: int
     length: int
+    gradient_accumulation: int
     gradient_checkpointing: bool
     optimizer: str
     logits: bool
@@ -61,7 +62,7 @@ class Options:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise PlanError(f"{name} must be {_list(known)}; got {getattr(self, name)!r}")
-        for name in ("rank", "batch", "length"):
+        for name in ("rank", "batch", "length", "gradient_accumulation"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise PlanError(f"{name} must be a whole number of at least 1, got {value!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peftkern.plan.errors import PlanError
@@ -11,6 +11,8 @@ from peftkern.plan.result import Plan
 
 if TYPE_CHECKING:
     import torch
+
+    from peftkern.plan.devices import Device
 
 DEFAULT_BATCH, DEFAULT_LENGTH = 1, 1024
 
@@ -36,8 +38,11 @@ def plan(
     recompute: str | Sequence[str] | None = None,
     patched: bool = True,
     labelled: float = 1.0,
-    device: str = "cpu",
+    gradient_accumulation: int = 1,
+    device: str | Device = "cpu",
     budget: str | float | None = None,
+    keep: Collection[str] = (),
+    split_batch: bool = False,
 ) -> Plan:
     """The memory and time of training ``model``, before anything of it is loaded.
 
@@ -52,9 +57,9 @@ def plan(
 
     With ``budget`` and without ``batch`` or ``length``, the largest that fits is searched: the length first, at batch
     1, up to what the model takes, then the batch. With both given, options that save memory are taken until it fits, in
-    the order of what they cost in time: the loss without logits, `AdamW8bit`, 4-bit weights. Where all of them are not
-    enough, each layer is given a word (`peftkern.patch`) so that the step takes the least time; models that are not
-    patched get gradient checkpointing.
+    the order of what they cost in time: the loss without logits, `AdamW8bit`, int8 embeddings, an int8 head, 4-bit
+    weights. Where all of them are not enough, each layer is given a word (`peftkern.patch`) so that the step takes the
+    least time; models that are not patched get gradient checkpointing.
 
     Args:
         model: the name or folder of a transformers model, of which the configuration alone is read; a configuration; or
@@ -64,7 +69,9 @@ def plan(
             ``None``: ``"lora"``, but for a model as it stands.
         rank, target_modules: of the adapters; ``target_modules`` of sparse deltas as well.
         density: of sparse deltas, as a share of the entries of the layers that have some.
-        quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"none"``. ``None``: nf4, and none for ``"full"``.
+        quantization: ``"nf4"``, ``"fp4"``, ``"int8"`` or ``"none"``; ``"auto"``: of none, int8 and nf4 the one of least
+            time that fits into ``budget``, and of equal ones the one that rounds least. ``None``: nf4, and none for
+            ``"full"``.
         block_size, double_quant, embeddings, head: as in `peftkern.QuantConfig`.
         dtype: of the weights that are not quantized, and of activations. ``None``: float32 on the CPU, else bfloat16.
         batch, length: of the token ids, [batch, length]. ``None``: 1 and 1024, or what a budget allows.
@@ -73,25 +80,37 @@ def plan(
         logits, recompute: as in `peftkern.patch`; of words for layers, "store", "up", "mlp" and "layer".
         patched: whether the model is patched.
         labelled: share of the tokens that have a label.
-        device: ``"cpu"``, or a GPU: rtx-3090, rtx-4090, rtx-5090, t4, l4, l40s, a100-40gb, a100-80gb, h100, h200, b200.
+        gradient_accumulation: passes of ``batch`` rows in a step, whose gradients are added.
+        device: ``"cpu"``, or a GPU: rtx-3090, rtx-4090, rtx-5090, t4, l4, l40s, a100-40gb, a100-80gb, h100, h200, b200;
+            or a `peftkern.plan.devices.Device`.
         budget: bytes, or text such as ``"12GB"`` (10⁹ bytes) or ``"11.5GiB"``.
+        keep: names of arguments that a search for options leaves as they are: logits, optimizer, embeddings, head,
+            quantization, recompute, gradient_checkpointing.
+        split_batch: a search for options may divide ``batch`` into more passes of fewer rows, with as many in a step,
+            where this takes less time than making layers again.
 
     Raises:
         PlanError: an argument does not fit; or nothing fits into ``budget``, and the message has the smallest figure
             that does.
     """
-    from peftkern.plan import devices, search
+    from peftkern.plan import search
+    from peftkern.plan.devices import find
     from peftkern.plan.predict import Predictor
 
-    target = devices.find(device)
+    target = find(device) if isinstance(device, str) else device
     as_it_stands = method is None and _is_model(model)
     given = method if as_it_stands else method or "lora"
+    auto = quantization == "auto"
+    if auto and (budget is None or batch is None or length is None):
+        raise PlanError("quantization='auto' is found for a budget, a batch and a length; give all three")
+    if auto or quantization is None:
+        quantization = "none" if given in ("full", None) else "nf4"
     options = Options(
         method=given,
         rank=rank,
         target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
         density=density,
-        quantization=quantization or ("none" if given in ("full", None) else "nf4"),
+        quantization=quantization,
         block_size=block_size,
         double_quant=double_quant,
         embeddings=embeddings,
@@ -99,6 +118,7 @@ def plan(
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "bfloat16" if target.is_gpu else "float32",
         batch=DEFAULT_BATCH if batch is None else batch,
         length=DEFAULT_LENGTH if length is None else length,
+        gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
         optimizer=optimizer,
         logits=logits,
@@ -108,7 +128,8 @@ def plan(
     )
     predictor = Predictor(model, target)
     if budget is not None:
-        options = search.fit(predictor, options, search.parse_bytes(budget), batch is None, length is None)
+        freedom = search.Freedom(frozenset(keep), auto, split_batch)
+        options = search.fit(predictor, options, search.parse_bytes(budget), batch is None, length is None, freedom)
     found = predictor.plan(options)
     return found if budget is None else found.within(search.parse_bytes(budget))
 

@@ -14,7 +14,7 @@ from peftkern.optim import AdamW, AdamW8bit
 from peftkern.plan import memory, work
 from peftkern.plan.devices import Device
 from peftkern.plan.errors import PlanError
-from peftkern.plan.layers import DEPTH, Layers, WordCosts, word_costs
+from peftkern.plan.layers import DEPTH, Layers, WordCosts, plus, word_costs
 from peftkern.plan.memory import Parts
 from peftkern.plan.model import Subject, build, load_config, stand_in
 from peftkern.plan.options import LAYER_WORDS, Options
@@ -32,7 +32,9 @@ class Predictor:
         self.config = load_config(model)
         self._model = model
         self._built: dict[Options, Subject] = {}
+        self._watched: dict[tuple[Options, int | None], Mapping[str, memory.Segment]] = {}
         self._peaks: dict[Options, Parts] = {}
+        self._works: dict[Options, work.Work] = {}
         self._costs: dict[Options, WordCosts] = {}
         self._shallow: dict[Options, work.Work] = {}
 
@@ -50,16 +52,28 @@ class Predictor:
         return self._peaks[options]
 
     def total(self, options: Options) -> float:
-        """Bytes at the peak of a step, all parts and what the device takes."""
-        tensors = sum(self.peak(options).values())
+        """Bytes at the peak of loading or of a step, the higher one: all parts and what the device takes."""
+        tensors = max(sum(self.peak(options).values()), self._loading(options))
         return tensors + self.device.beside(tensors)
+
+    def seconds(self, options: Options) -> float:
+        """Of a step."""
+        return options.gradient_accumulation * self._work(options).seconds
+
+    def can_be(self, options: Options) -> bool:
+        """Whether there is such a model."""
+        try:
+            self._subject(options)
+        except PlanError:
+            return False
+        return True
 
     def plan(self, options: Options) -> Plan:
         """All that a plan says."""
         subject = self._subject(options)
         peak = self.peak(options)
-        counted = self._work(options)
-        tensors = peak["weights"] + subject.largest_dense
+        counted, passes = self._work(options), options.gradient_accumulation
+        tensors = self._loading(options)
         load = tensors + self.device.beside(tensors)
         trained = sum(parameter.numel() for parameter in subject.model.parameters() if parameter.requires_grad)
         return Plan(
@@ -72,10 +86,10 @@ class Predictor:
             load=load,
             parts=dict(peak),
             trained=trained,
-            forward_flops=counted.forward_flops,
-            backward_flops=counted.backward_flops,
-            bytes_moved=counted.bytes,
-            seconds=counted.seconds,
+            forward_flops=passes * counted.forward_flops,
+            backward_flops=passes * counted.backward_flops,
+            bytes_moved=passes * counted.bytes,
+            seconds=passes * counted.seconds,
         )
 
     def room(self, options: Options, budget: float) -> float:
@@ -94,6 +108,8 @@ class Predictor:
         assert subject.layers is not None
         count = len(subject.layers)
         layer, gradients = memory.of_a_layer(subject, _state_bytes(options.optimizer))
+        if options.gradient_accumulation > 1:  # they are there at any time
+            layer, gradients = plus(layer, gradients), plus(gradients, gradients, -1)
         costs = {}
         for word in dict.fromkeys(("store", *words)):
             try:
@@ -131,15 +147,35 @@ class Predictor:
         return subject.layers is not None and len(subject.layers) > SHALLOW + 2
 
     def _watch_at(self, depth: int | None, subject: Subject, options: Options) -> Mapping[str, memory.Segment]:
+        """With what is there at any time: the state of the optimizer, and gradients of the passes before."""
+        key = replace(options, optimizer="SGD", gradient_accumulation=1), depth
+        with subject.with_depth(depth):
+            if key not in self._watched:
+                with chunked_loss.assuming("cuda" if self.device.is_gpu else "cpu"):
+                    self._watched[key] = memory.watch_step(subject, _batch(options)).segments()
+            trained = [parameter for parameter in subject.model.parameters() if parameter.requires_grad]
         state = _state_bytes(options.optimizer)
-        with subject.with_depth(depth), chunked_loss.assuming("cuda" if self.device.is_gpu else "cpu"):
-            return memory.watch_step(subject, _batch(options), state).segments()
+        there = {"optimizer": float(sum(state(parameter) for parameter in trained))}
+        if options.gradient_accumulation > 1:
+            there["gradients"] = float(sum(parameter.nbytes for parameter in trained))
+        return {name: segment.with_parts(there) for name, segment in self._watched[key].items()}
+
+    def _loading(self, options: Options) -> float:
+        """Bytes of tensors."""
+        return self.peak(options)["weights"] + self._subject(options).largest_dense
 
     def _own_scratch(self, subject: Subject) -> float:
         """What the kernels of a GPU keep from call to call: room for one decoded weight."""
-        return float(subject.largest_dense) if self.device.is_gpu else 0.0
+        return float(subject.largest_decoded) if self.device.is_gpu else 0.0
 
     def _work(self, options: Options) -> work.Work:
+        """Of one pass."""
+        key = replace(options, optimizer="SGD", gradient_accumulation=1)
+        if key not in self._works:
+            self._works[key] = self._count_work(options)
+        return self._works[key]
+
+    def _count_work(self, options: Options) -> work.Work:
         subject = self._subject(options)
         if not self._is_deep(subject):
             return self._work_at(None, subject, options)
@@ -155,7 +191,7 @@ class Predictor:
             return work.count_work(subject, _batch(options), self.device.rates)
 
     def _subject(self, options: Options) -> Subject:
-        key = replace(options, batch=1, length=1, labelled=1.0, optimizer="SGD")
+        key = replace(options, batch=1, length=1, labelled=1.0, optimizer="SGD", gradient_accumulation=1)
         if key not in self._built:
             subject = stand_in(self._model, options) if options.method is None else build(self.config, options)
             self._built[key] = subject

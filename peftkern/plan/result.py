@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftkern.patch.layer_plan import in_words
+from peftkern.plan.devices import CPU
 from peftkern.plan.options import Options
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ class Plan:
     @property
     def tokens_per_second(self) -> float:
         """An estimate."""
-        return self.options.batch * self.options.length / self.seconds
+        o = self.options
+        return o.gradient_accumulation * o.batch * o.length / self.seconds
 
     @property
     def fits(self) -> bool | None:
@@ -104,11 +106,16 @@ class Plan:
             table.add_row(name, f"{value / 1e9:.3f}", f"{value / self.peak:.0%}", MEANINGS[name])
         if self.beside:
             share = f"{self.beside / self.peak:.0%}"
-            table.add_row("beside", f"{self.beside / 1e9:.3f}", share, "CUDA and its allocator, an estimate")
+            table.add_row("beside", f"{self.beside / 1e9:.3f}", share, self.beside_is)
         table.add_section()
         table.add_row("peak of a step", f"{self.peak / 1e9:.3f}", "100%", self._verdict(), style="bold")
         table.add_row("peak of loading", f"{self.load / 1e9:.3f}", "", "")
         return table
+
+    @property
+    def beside_is(self) -> str:
+        """What is taken beside tensors."""
+        return "this process before the model" if self.device == CPU else "CUDA and its allocator, an estimate"
 
     @property
     def title(self) -> str:
@@ -117,8 +124,10 @@ class Plan:
         trained = {"lora": f"LoRA r={o.rank}", "full": "every weight", "sparse": f"{o.density:.2%} of the entries"}
         what = "as it stands" if o.method is None else f"{trained[o.method]}, {_quantization(o)}{o.dtype}"
         extras = [
+            *([f"{o.gradient_accumulation} passes a step"] if o.gradient_accumulation > 1 else []),
             *(["gradient checkpointing"] if o.gradient_checkpointing else []),
             *(["no logits"] if not o.logits else []),
+            *(f"{name} {format}" for name, format in (("embeddings", o.embeddings), ("head", o.head)) if format),
             *([f"{o.recompute} made again"] if isinstance(o.recompute, str) else []),
             *([in_words(o.recompute)] if isinstance(o.recompute, tuple) else []),
             *(["not patched"] if not o.patched else []),

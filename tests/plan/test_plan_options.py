@@ -16,7 +16,7 @@ import peftkern
 from peftkern.backends import registry
 from peftkern.cli.main import app
 from peftkern.plan import PlanError
-from peftkern.plan.devices import NAMES, find
+from peftkern.plan.devices import NAMES, find, key_of
 from peftkern.plan.search import parse_bytes
 from peftkern.plan.stand_ins import STAND_INS
 from peftkern.select.flops import FlopCounter
@@ -77,6 +77,54 @@ def test_an_impossible_budget_names_the_smallest() -> None:
     assert peftkern.plan(small(), budget=named * 1.001, **arguments).fits
 
 
+def test_ends_are_quantized_where_that_saves_memory() -> None:
+    call: dict[str, Any] = {"batch": 2, "length": 128, "device": "l4", "optimizer": "AdamW8bit"}
+    config, kept = small(vocab_size=32768), ["logits", "recompute", "gradient_checkpointing"]
+    peak = peftkern.plan(config, **call, embeddings="int8").peak
+    found = peftkern.plan(config, **call, budget=peak, keep=kept)
+    # of the head, what the product decodes would be more than is saved
+    assert found.fits and found.options.embeddings == "int8" and found.options.head is None
+    with pytest.raises(PlanError, match="nothing fits"):
+        peftkern.plan(config, **call, budget=peak, keep=[*kept, "embeddings", "head"])
+
+
+def test_of_the_formats_that_fit_the_fastest_is_found() -> None:
+    call: dict[str, Any] = {"batch": 1, "length": 32, "device": "l4", "quantization": "auto"}
+    assert peftkern.plan(small(), **call, budget="10GB").options.quantization == "none"
+    narrower = peftkern.plan(small(), **{**call, "quantization": "int8"}).peak
+    found = peftkern.plan(small(), **call, budget=narrower, keep=["logits", "optimizer", "recompute"])
+    assert found.options.quantization == "int8"
+
+
+def test_a_batch_is_divided_where_it_is_allowed() -> None:
+    call: dict[str, Any] = {"batch": 4, "length": 128, "device": "l4", "keep": ["logits"]}
+    halved = peftkern.plan(small(), **{**call, "batch": 2, "gradient_accumulation": 2, "optimizer": "AdamW8bit"})
+    whole = peftkern.plan(small(), **call)
+    assert (
+        halved.flops == pytest.approx(whole.flops, rel=1e-3) and halved.parts["gradients"] >= whole.parts["gradients"]
+    )
+    kept = [*call.pop("keep"), "embeddings", "head", "recompute", "gradient_checkpointing"]
+    found = peftkern.plan(small(), **call, keep=kept, budget=halved.peak, split_batch=True).options
+    assert (found.batch, found.gradient_accumulation, found.logits) == (2, 2, True)
+    with pytest.raises(PlanError, match="the smallest for 4 x 128 tokens"):
+        peftkern.plan(small(), **call, keep=kept, budget=halved.peak)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name"),
+    [
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 3060", None),
+    ],
+)
+def test_gpus_are_known_by_what_their_driver_calls_them(driver: str, name: str | None) -> None:
+    assert key_of(driver) == name
+
+
 def test_more_labels_take_no_more_than_one_chunk() -> None:
     call = {"batch": 2, "length": 128, "logits": False}
     few, all_ = (peftkern.plan(llama(), labelled=share, **call).parts["loss"] for share in (0.25, 1.0))
@@ -98,6 +146,9 @@ def test_sizes(text: str) -> None:
         ({"device": "rtx-4080"}, "did you mean 'rtx-4090'"),
         ({"budget": "a lot"}, "budget must be bytes"),
         ({"batch": 0}, "batch must be"),
+        ({"gradient_accumulation": 0}, "gradient_accumulation must be"),
+        ({"quantization": "auto"}, "a budget, a batch and a length"),
+        ({"batch": 1, "length": 8, "budget": 1e9, "keep": ["rank"]}, "keep: a search changes logits, .*got 'rank'"),
         ({"labelled": 0.0}, "labelled must be"),
         ({"logits": False, "patched": False}, "leave patched=True"),
         ({"target_modules": ["nothing"]}, "target_modules"),
