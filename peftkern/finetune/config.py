@@ -16,6 +16,8 @@ from peftkern.finetune.selections import SELECTIONS
 from peftkern.formats import BLOCK_SIZES
 from peftkern.ops.lora_mlp import RECOMPUTE
 from peftkern.patch.layer_plan import TEXTS as RECOMPUTED_LAYERS
+from peftkern.plan.errors import PlanError
+from peftkern.plan.search import parse_bytes
 
 FORMATS = ("nf4", "fp4", "int8")
 QUANTIZATIONS = (*FORMATS, "none")
@@ -139,9 +141,6 @@ class FinetuneConfig:
 
     def _check_memory(self) -> None:
         if self.memory is not None:
-            from peftkern.plan import PlanError
-            from peftkern.plan.search import parse_bytes
-
             try:
                 parse_bytes(self.memory)
             except PlanError as error:
