@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 PLANNED_METHODS = ("lora", "full")
 
+_IN_CHECKPOINT = ("block_size", "double_quant", "embeddings", "head")
+"""Settings that a quantized checkpoint has decided."""
+
 _CHOSEN: Mapping[str, str] = {
     "quantization": "of those that fit, the one of least time",
     "embeddings": "fits thereby",
@@ -142,7 +145,7 @@ def fit(config: FinetuneConfig, given: Collection[str], model_config: Any, split
     assert config.memory is not None
     device = _device()
     kept = set(given)
-    settings = {name: getattr(config, name) for name in ("block_size", "double_quant", "embeddings", "head")}
+    settings = {name: getattr(config, name) for name in _IN_CHECKPOINT}
     quantization = config.quantization if "quantization" in kept else "auto"
     existing = getattr(model_config, "quantization_config", None)
     if existing is not None:
@@ -197,13 +200,14 @@ def _searched(kept: Collection[str]) -> list[str]:
 
 
 def _of_checkpoint(existing: Any) -> tuple[str, dict[str, Any]]:
-    from peftkern.integrations import QuantConfig
+    """Its format, and the other settings that it has."""
+    from peftkern.integrations.registration import METHOD
 
-    if not isinstance(existing, QuantConfig):
-        name = getattr(existing, "quant_method", None) or type(existing).__name__
+    stated = existing if isinstance(existing, Mapping) else existing.to_dict()
+    if stated.get("quant_method") != METHOD:
+        name = stated.get("quant_method")
         raise InputError(f"--memory: the checkpoint is quantized by {name}, which cannot be planned; give a dense one")
-    names = ("block_size", "double_quant", "embeddings", "head")
-    return existing.format, {name: getattr(existing, name) for name in names}
+    return stated["format"], {name: stated[name] for name in _IN_CHECKPOINT if name in stated}
 
 
 def _without_quantization(model_config: Any) -> Any:

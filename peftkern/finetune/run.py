@@ -120,13 +120,8 @@ def _start(
     _describe_data(splits, max_length, reporter)
     asked, fit = config, None
     if config.memory is not None:
-        # a run that goes on keeps what it began with
-        noted = output.read_facts()[_FIT] if config.resume else None
-        kept = {*given, *changed_settings(config)}
-        fit = fitting.fit(config, kept, model_config, splits) if noted is None else fitting.Fit(**noted)
+        fit = _fit(config, given, model_config, splits, output, reporter)
         config = fit.applied_to(config)
-        reporter.show(fit.table())
-        reporter.say(f"the same without --memory: {fit.command()}")
     adapted = load_adapted_model(config, source, model_config, method)
     reporter.say(f"\n{source.name}: {adapted.quantization}; {_describe_method(config)}, {adapted.trained:,} numbers")
     reporter.say(f"{adapted.report}\n")
@@ -141,6 +136,25 @@ def _start(
         facts = {_BEFORE: None if before is None else asdict(before), _FIT: None if fit is None else fit.as_data()}
         output.start_checkpoints(asked, facts)
     return replace(session, before=before)
+
+
+def _fit(
+    config: FinetuneConfig,
+    given: Collection[str],
+    model_config: Any,
+    splits: Splits,
+    output: OutputFolder,
+    reporter: Reporter,
+) -> fitting.Fit:
+    """What ``config.memory`` chooses; a run that goes on keeps what it began with."""
+    if config.resume:
+        fit = fitting.Fit(**output.read_facts()[_FIT])
+    else:
+        reporter.say(f"memory: looking for the fastest settings that fit into {config.memory}")
+        fit = fitting.fit(config, {*given, *changed_settings(config)}, model_config, splits)
+    reporter.show(fit.table())
+    reporter.say(f"the same without --memory: {fit.command()}")
+    return fit
 
 
 def train_session(session: Session) -> TrainingRecord:

@@ -78,6 +78,29 @@ def test_what_was_asked_for_stays(model_folder: Path) -> None:
     assert found.reasons["quantization"] == "as it was asked for" and found.settings["batch_size"] == 4
 
 
+def test_a_quantized_checkpoint_stays_what_it_is() -> None:
+    from transformers import LlamaConfig
+
+    import peftkern
+
+    model_config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    model_config.quantization_config = peftkern.QuantConfig("fp4", embeddings="int8").to_dict()
+    splits = Splits([{"input_ids": [1] * 20, "labels": [1] * 20}], [], 0, 0)
+    found = fitting.fit(config_of(Path("m"), memory="1GB"), (), model_config, splits)
+    assert not {"quantization", "embeddings", "head"} & found.settings.keys()
+    model_config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(InputError, match="quantized by gptq, which cannot be planned"):
+        fitting.fit(config_of(Path("m"), memory="1GB"), (), model_config, splits)
+
+
+def test_what_is_no_language_model_is_refused() -> None:
+    from transformers import ViTConfig
+
+    splits = Splits([{"input_ids": [1] * 20, "labels": [1] * 20}], [], 0, 0)
+    with pytest.raises(InputError, match="--memory: model: transformers has no language model for a ViTConfig"):
+        fitting.fit(config_of(Path("m"), memory="1GB"), (), ViTConfig(), splits)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
