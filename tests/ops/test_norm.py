@@ -130,6 +130,19 @@ def test_a_mean_far_from_zero_does_not_cancel(isa: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", NATIVE_DTYPES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(backend: str, dtype: torch.dtype, kind: str) -> None:
+    if backend != "cpu":
+        pytest.skip("what PyTorch and Triton do")
+    for features in (70, 1091):
+        inputs = inputs_of((7, features), dtype)
+        together = run(call, kind, inputs, True, backend)[:3]  # y, the sum, the gradient of x
+        for rows in (slice(0, 1), slice(2, 7), slice(5, 7)):
+            some = {name: tensor[rows] if tensor.dim() == 2 else tensor for name, tensor in inputs.items()}
+            for actual, expected in zip(run(call, kind, some, True, backend), together, strict=False):
+                assert_same_bits(actual, expected[rows])
+
+
 def test_extreme_values(isa: str, kind: str) -> None:
     x = torch.ones(5, 33)
     x[0, 3], x[1, 4], x[2] = float("nan"), float("inf"), 0.0
