@@ -205,7 +205,9 @@ class Policy(Method):
         if state is not None:
             self.load_state(state)
         self._saving = resume.Saving(optimizer, type(self).__name__, self.state)
-        self._hook = self.prepared().register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        # a compiled model would trace what a selection takes: fake tensors, autograd's graph, the solver
+        before_forward = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
+        self._hook = self.prepared().register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def finish(self) -> None:
         """Every parameter requires a gradient as it did before, and no hook is left."""

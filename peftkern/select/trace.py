@@ -83,7 +83,10 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
-        raise ValueError("model(**batch) gave no loss for this batch; give it labels, or pass a function as loss")
+        raise ValueError(
+            "model(**batch) gave no loss for this batch; give it labels, or pass a function as loss. The Trainer keeps "
+            "labels from the model with label_smoothing_factor and with compute_loss_func"
+        )
     return loss
 
 

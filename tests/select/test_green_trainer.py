@@ -180,6 +180,20 @@ def test_a_trainer_takes_it_as_a_callback(tmp_path: Path) -> None:
         assert error(losses[1][name], value) < 1e-6, name
 
 
+def test_a_compiled_model_chooses_as_it_does_uncompiled() -> None:
+    runs = []
+    for compiled in (False, True):
+        model = llama(num_hidden_layers=1)
+        policy = started(model, GreenTrainer(0.6, interval=2))
+        called = torch.compile(model, backend="eager") if compiled else model
+        losses = [policy.step(called, batch).item() for batch in batches(3)]
+        runs.append(([selection.names for selection in policy.history], losses))
+        policy.finish()
+    (names, losses), (compiled_names, compiled_losses) = runs
+    assert compiled_names == names
+    assert compiled_losses == pytest.approx(losses, rel=1e-6)
+
+
 # ---- refusals
 
 
