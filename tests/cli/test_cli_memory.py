@@ -26,6 +26,7 @@ def a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = Rates({"float32": 1e10}, {"float32": 8e9}, 1e10, 1e9, 1e10, 1e-6)
     device = Device("cpu", None, PROCESS, 0.0, rates, measured=True)
     monkeypatch.setattr(fitting, "_device", lambda: device)
+    monkeypatch.setattr(fitting, "_resident", lambda: PROCESS)
 
 
 def config_of(folder: Path, **settings: Any) -> FinetuneConfig:
@@ -61,6 +62,14 @@ def test_nothing_is_saved_where_there_is_room(model_folder: Path) -> None:
         "gradient_accumulation": 1,
     }
     assert found.beside == PROCESS and found.peak < 10e9 and found.reasons["head"] == "nothing else was needed"
+
+
+def test_what_the_search_leaves_in_the_process_counts(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_resident", lambda: 5 * PROCESS)
+    found = fitted(model_folder, memory="10GB")
+    assert found.beside == 5 * PROCESS and 5 * PROCESS < found.peak < 6 * PROCESS
+    with pytest.raises(InputError, match=r"the search itself took more than was expected; 0\.\d+ GB would do"):
+        fitted(model_folder, memory="450MB")
 
 
 def test_the_smallest_budget_that_is_named_will_do(model_folder: Path) -> None:
