@@ -202,8 +202,8 @@ def _read(kind: RotaryKind, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         raise NotFused(f"{states}, angles {list(cos.shape)}")
     if q.dtype not in FLOAT_DTYPES or cos.requires_grad:
         raise NotFused(f"queries are {q.dtype}" if not cos.requires_grad else "the angles are trained")
-    if kind.promotes and torch.promote_types(q.dtype, cos.dtype) != q.dtype:
-        raise NotFused(f"queries are {q.dtype} and angles {cos.dtype}: the result is in the wider one")
+    if kind.promotes:  # under autocast queries come out of a product narrower than angles
+        q, k = (x.to(torch.promote_types(x.dtype, cos.dtype)) for x in (q, k))
     if kind.spread:
         cos, sin = (angles[..., : angles.shape[-1] // 2].repeat_interleave(2, dim=-1) for angles in (cos, sin))
     return q, k, cos, sin

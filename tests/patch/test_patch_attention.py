@@ -204,11 +204,13 @@ def test_autocast_attends_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dtypes = lora(llama()), []
     real = attention.attention
     monkeypatch.setattr(attention, "attention", lambda q, *a, **k: (dtypes.append(q.dtype), real(q, *a, **k))[1])
+    turned, turn = [], attention.rotary
+    monkeypatch.setattr(attention, "rotary", lambda *a, **k: (turned.append(1), turn(*a, **k))[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(**BATCH).logits
         patch(model)
         actual = model(**BATCH).logits
-    assert dtypes == [torch.bfloat16] * 2
+    assert dtypes == [torch.bfloat16] * 2 and len(turned) == 2
     assert error(actual, expected) <= 2e-2
 
 

@@ -90,7 +90,8 @@ def test_every_known_attention_turns_as_the_operation_does(key: str) -> None:
         attention._turn(theirs, ATTENTIONS[key], None, notes.append, *wide), theirs(*wide), strict=True
     ):
         assert ours.dtype == expected.dtype
-    assert len(notes) == ATTENTIONS[key].promotes
+        assert error(ours, expected) <= (1e-6 if ATTENTIONS[key].promotes else 1e-2)
+    assert not notes
 
 
 @pytest.mark.parametrize("key", DECODER_LAYERS)
