@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from peftkern.select.cost_graph import CostGraph
+from peftkern.select.cost_graph import CostGraph, TensorCost
 
 LEVELS = 1000
 
@@ -43,14 +43,23 @@ class Chain:
 
     @classmethod
     def of(cls, graph: CostGraph) -> Chain:
-        """The tensors in the order of the graph; each pays for the segments that none before it has needed."""
+        """The tensors from the loss on; each pays for the segments that none before it has needed.
+
+        A tied embedding comes last, where the error has to come through all layers, not with the head that it also is.
+        """
+
+        def path(tensor: TensorCost) -> float:
+            return sum(graph.segments[index].cost for index in graph.needed([tensor.name]))
+
+        tensors = sorted(graph.tensors, key=path)
         paid: set[int] = set()
         error = []
-        for tensor in graph.tensors:
+        for tensor in tensors:
             new = graph.needed([tensor.name]) - paid
             error.append(sum(graph.segments[index].cost for index in new))
             paid |= new
-        return cls(tuple(graph.by_name), np.array(error), np.array([tensor.cost for tensor in graph.tensors]))
+        gradient = np.array([tensor.cost for tensor in tensors])
+        return cls(tuple(tensor.name for tensor in tensors), np.array(error), gradient)
 
 
 def published_select(

@@ -71,33 +71,34 @@ def plan(
         quiet_libraries()
         import peftkern
 
-        found = peftkern.plan(
-            model,
-            method=method,
-            rank=rank,
-            target_modules=target_modules if target_modules == "all-linear" else target_modules.split(","),
-            density=density,
-            quantization=quantization,
-            block_size=block_size,
-            double_quant=double_quant,
-            embeddings=embeddings,
-            head=head,
-            dtype=dtype,
-            batch=batch,
-            length=length,
-            gradient_checkpointing=gradient_checkpointing,
-            optimizer=optimizer,
-            logits=logits,
-            recompute=recompute,
-            patched=patched,
-            labelled=labelled,
-            device=device,
-            budget=budget,
-        )
+        console = Console()
+        with console.status("following a training step"):
+            found = peftkern.plan(
+                model,
+                method=method,
+                rank=rank,
+                target_modules=target_modules if target_modules == "all-linear" else target_modules.split(","),
+                density=density,
+                quantization=quantization,
+                block_size=block_size,
+                double_quant=double_quant,
+                embeddings=embeddings,
+                head=head,
+                dtype=dtype,
+                batch=batch,
+                length=length,
+                gradient_checkpointing=gradient_checkpointing,
+                optimizer=optimizer,
+                logits=logits,
+                recompute=recompute,
+                patched=patched,
+                labelled=labelled,
+                device=device,
+                budget=budget,
+            )
         for file in (output, json):
             if file is not None:
                 found.save(file)
-        console = Console()
         console.print(found.table())
         console.print(escape(found.speed), highlight=False)
         if found.patch_call:

@@ -45,6 +45,13 @@ class Reporter:
             finally:
                 self._progress = None
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say ``what`` goes on in this context, whose length is not known."""
+        self.say(what)
+        with self.console.status(""):  # shows on a terminal only
+            yield
+
     def expect(self, total: int, done: int) -> None:
         """Correct what the activity was started with."""
         self._total, self._done = total, done

@@ -150,8 +150,8 @@ def _fit(
     if config.resume:
         fit = fitting.Fit(**output.read_facts()[_FIT])
     else:
-        reporter.say(f"memory: looking for the fastest settings that fit into {config.memory}")
-        fit = fitting.fit(config, {*given, *changed_settings(config)}, model_config, splits)
+        with reporter.waiting(f"memory: looking for the fastest settings that fit into {config.memory}"):
+            fit = fitting.fit(config, {*given, *changed_settings(config)}, model_config, splits)
     reporter.show(fit.table())
     reporter.say(f"the same without --memory: {fit.command()}")
     return fit

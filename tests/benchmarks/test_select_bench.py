@@ -85,6 +85,6 @@ def test_each_run_ends_with_a_loss_and_the_seconds_of_its_steps(checkpoint: smol
 def test_a_rival_trains_as_long_as_ours(checkpoint: smollm2.Checkpoint, rival: str) -> None:
     examples = [{"input_ids": [i + 3, i + 4, i + 5, 9], "labels": [-100, i + 4, i + 5, 9]} for i in range(12)]
     task = select_loss.Task(checkpoint.folder, examples[:8], examples[8:], PadRight(0))
-    make = select_loss.RIVALS[rival]
-    assert select_loss.steps_in(task, make(0), select_loss.Run(1.0, [1e-9] * 7), trial=3) == 1
-    assert select_loss.steps_in(task, make(0), select_loss.Run(1.0, [1e3] * 7), trial=3) > 7
+    other = select_loss.RIVALS[rival]
+    assert select_loss.steps_in(task, other, select_loss.Run(1.0, [1e-9] * 7), trial=3) == 1
+    assert select_loss.steps_in(task, other, select_loss.Run(1.0, [1e3] * 7), trial=3) > 7
