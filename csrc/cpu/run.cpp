@@ -42,7 +42,8 @@ void* thread_scratch(size_t bytes) {
     size = rounded;
   }
 #ifdef PEFTKERN_POISON_SCRATCH
-  std::memset(memory.get(), 0xFF, bytes);  // no number in any dtype: what reads it before it is written shows
+  // no number in any dtype: what reads it before it is written shows
+  if (bytes > 0) std::memset(memory.get(), 0xFF, bytes);
 #endif
   return memory.get();
 }
