@@ -267,15 +267,6 @@ def changed_settings(config: FinetuneConfig) -> list[str]:
 # ---- from a YAML file and options
 
 
-def load_config(yaml_file: Path | None, options: Mapping[str, Any]) -> FinetuneConfig:
-    """A run with `given_settings`.
-
-    Raises:
-        InputError: as there, or a setting does not fit.
-    """
-    return FinetuneConfig(**given_settings(yaml_file, options))
-
-
 def given_settings(yaml_file: Path | None, options: Mapping[str, Any]) -> dict[str, Any]:
     """The settings in a YAML file, overridden by ``options`` (those that are not ``None``); no defaults are among them.
 

@@ -12,7 +12,7 @@ from cli_helpers import Command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftkern.finetune.config import FinetuneConfig, field_types, load_config, option_name
+from peftkern.finetune.config import FinetuneConfig, field_types, given_settings, option_name
 from peftkern.finetune.errors import InputError
 
 
@@ -28,7 +28,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def test_options_override_the_file_and_the_file_overrides_defaults(tmp_path: Path) -> None:
     path = write(tmp_path, "model: folder\ndata: rows.jsonl\nrank: 4\nlearning-rate: 2e-4\ndouble_quant: false\n")
-    config = load_config(path, {"rank": 8, "alpha": None})
+    config = FinetuneConfig(**given_settings(path, {"rank": 8, "alpha": None}))
     assert (config.model, config.data, config.rank, config.alpha) == ("folder", "rows.jsonl", 8, 32.0)
     assert config.learning_rate == 2e-4
     assert config.double_quant is False
@@ -36,7 +36,7 @@ def test_options_override_the_file_and_the_file_overrides_defaults(tmp_path: Pat
 
 def test_target_modules_may_be_a_list(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m\ndata: d\ntarget_modules: [q_proj, v_proj]\n")
-    assert load_config(path, {}).target_module_names == ["q_proj", "v_proj"]
+    assert FinetuneConfig(**given_settings(path, {})).target_module_names == ["q_proj", "v_proj"]
     assert make(target_modules="q_proj, v_proj").target_module_names == ["q_proj", "v_proj"]
     assert make().target_module_names == "all-linear"
 
@@ -60,13 +60,13 @@ def test_target_modules_may_be_a_list(tmp_path: Path) -> None:
 )
 def test_bad_files_say_what_would_work(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=r".*") as caught:
-        load_config(write(tmp_path, text), {})
+        FinetuneConfig(**given_settings(write(tmp_path, text), {}))
     assert message in str(caught.value)
 
 
 def test_missing_file() -> None:
     with pytest.raises(InputError, match=r"--config: cannot read /nowhere/run\.yaml: No such file"):
-        load_config(Path("/nowhere/run.yaml"), {})
+        FinetuneConfig(**given_settings(Path("/nowhere/run.yaml"), {}))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_any_yaml_gives_settings_or_an_input_error(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("yaml") / "run.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     try:
-        config = load_config(path, {"model": "m", "data": "d"})
+        config = FinetuneConfig(**given_settings(path, {"model": "m", "data": "d"}))
     except InputError:
         return
     assert config.rank >= 1

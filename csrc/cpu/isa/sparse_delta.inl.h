@@ -58,17 +58,7 @@ static inline void transpose_floats(Float r[kLanes]) {
 
 template <DType kType>
 static inline Float read_lanes(const void* data, int64_t index, int64_t count) {
-  if constexpr (kType == DType::float32) {
-    if (count == kLanes) return load(static_cast<const float*>(data) + index);
-  }
-#ifdef PEFTKERN_VECTOR_DECODE
-  if constexpr (kType != DType::float32) {
-    if (count == kLanes) {
-      const Int words = expand_words(static_cast<const uint16_t*>(data) + index);
-      return kType == DType::bfloat16 ? as_float(shift_left<16>(words)) : half_to_float(words);
-    }
-  }
-#endif
+  if (count == kLanes) return load_elements<kType>(data, index);
   alignas(64) float values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = load_float(data, kType, index + i);
   return load(values);
@@ -76,17 +66,7 @@ static inline Float read_lanes(const void* data, int64_t index, int64_t count) {
 
 template <DType kType>
 static inline void write_lanes(void* data, int64_t index, int64_t count, Float v) {
-  if constexpr (kType == DType::float32) {
-    if (count == kLanes) return store(static_cast<float*>(data) + index, v);
-  }
-#ifdef PEFTKERN_VECTOR_DECODE
-  if constexpr (kType == DType::bfloat16) {
-    if (count == kLanes) return store_bfloat16(static_cast<uint16_t*>(data) + index, v);
-  }
-  if constexpr (kType == DType::float16) {
-    if (count == kLanes) return store_halves(static_cast<uint16_t*>(data) + index, v);
-  }
-#endif
+  if (count == kLanes) return store_elements<kType>(data, index, v);
   alignas(64) float values[kLanes];
   store(values, v);
   for (int64_t i = 0; i < count; ++i) store_float(data, kType, index + i, values[i]);
