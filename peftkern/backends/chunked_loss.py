@@ -1,19 +1,20 @@
-"""The loss of a language model's head in chunks of tokens, by PyTorch's own products: on the CPU and on GPUs.
+"""The loss of a language model's head in chunks of tokens: on the CPU and on GPUs.
 
-Scores, probabilities and errors of a chunk follow each other in one buffer of [chunk, vocabulary]. A weight that is
-not in the dtype of its products, quantized ones among them, is taken there a block of rows at a time.
+Products are PyTorch's own, but for the scores on the CPU. Scores, probabilities and errors of a chunk follow each other
+in one buffer of [chunk, vocabulary]. A weight that is not in the dtype of PyTorch's products, quantized ones among
+them, is taken there a block of rows at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from peftkern.backends import registry
+from peftkern.backends import cpu, registry
 from peftkern.backends.triton.launch import is_ours
 from peftkern.ops.dequantize import row_blocks
 from peftkern.ops.linear_cross_entropy import LowRank, Needs, Result, Terms
@@ -54,9 +55,12 @@ def _supports_triton(hidden: Tensor, *_rest: object) -> str | None:
     return None if is_ours(hidden) else registry.ELSEWHERE
 
 
+Multiply = Callable[[Tensor, Weight, Tensor], None]
+"""Writes rows Wᵀ to its last argument."""
+
+
 @registry.register("linear_cross_entropy", "triton", supports=_supports_triton)
 @registry.register("linear_cross_entropy", "cuda", supports=_supports_cuda)
-@registry.register("linear_cross_entropy", "cpu", supports=_supports_cpu)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Weight,
@@ -66,8 +70,13 @@ def linear_cross_entropy(
     terms: Terms,
     needs: Needs,
     low_rank: LowRank | None = None,
+    *,
+    multiply: Multiply | None = None,
 ) -> Result:
-    """See :func:`peftkern.ops.linear_cross_entropy.linear_cross_entropy_reference`."""
+    """See :func:`peftkern.ops.linear_cross_entropy.linear_cross_entropy_reference`.
+
+    ``multiply`` makes the scores, instead of PyTorch's products with blocks of the weight.
+    """
     dtype, (vocabulary, features) = compute_dtype(hidden), weight.shape
     losses = hidden.new_zeros(len(labels), dtype=dtype)
     grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
@@ -75,7 +84,7 @@ def linear_cross_entropy(
     grad_bias = hidden.new_zeros(vocabulary, dtype=dtype) if needs.bias else None
     grad_inner = torch.zeros_like(low_rank.inner) if low_rank is not None and needs.inner else None
     grad_lora_B = torch.zeros_like(low_rank.lora_B) if low_rank is not None and needs.lora_B else None
-    head = _Head(weight, bias, terms, hidden.dtype, None if low_rank is None else low_rank.lora_B)
+    head = _Head(weight, bias, terms, hidden.dtype, None if low_rank is None else low_rank.lora_B, multiply)
     buffer: Tensor | None = None
     for tokens in _chunks(labels, vocabulary, terms.ignore_index):
         if buffer is None:
@@ -99,6 +108,13 @@ def linear_cross_entropy(
     del buffer
     parameters = _as(grad_weight, hidden.dtype), _as(grad_bias, hidden.dtype)
     return Result(losses, grad_hidden, *parameters, grad_inner, grad_lora_B)
+
+
+@registry.register("linear_cross_entropy", "cpu", supports=_supports_cpu)
+def linear_cross_entropy_on_cpu(hidden: Tensor, weight: Weight, *arguments: Any) -> Result:
+    """The same. PyTorch's product takes a fifth longer for a chunk's scores, and cannot widen or decode as it goes."""
+    is_built = cpu.supports_values(hidden) is None
+    return linear_cross_entropy(hidden, weight, *arguments, multiply=cpu.multiply if is_built else None)
 
 
 def _as(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -127,9 +143,16 @@ class _Head:
     """The weight, its low-rank part, its bias and what is done to the scores."""
 
     def __init__(
-        self, weight: Weight, bias: Tensor | None, terms: Terms, dtype: torch.dtype, lora_B: Tensor | None
+        self,
+        weight: Weight,
+        bias: Tensor | None,
+        terms: Terms,
+        dtype: torch.dtype,
+        lora_B: Tensor | None,
+        multiply: Multiply | None,
     ) -> None:
         self._weight, self._bias, self._terms, self._lora_B = weight, bias, terms, lora_B
+        self._multiply = multiply or self._multiply_blocks
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         # PyTorch multiplies float16 on the CPU element by element
         is_slow = dtype == torch.float16 and weight.device.type == "cpu"
@@ -168,13 +191,7 @@ class _Head:
 
     def _scores(self, rows: Tensor, inner: Tensor | None, buffer: Tensor) -> Tensor | None:
         """Fill ``buffer`` with z, and give the derivative of the soft-capping."""
-        rows = rows.to(self._operand_dtype)
-        for block in self._blocks():
-            part = buffer[:, block.first : block.end]
-            if rows.dtype == buffer.dtype:
-                torch.mm(rows, block.weight.t(), out=part)
-            else:
-                part.copy_(rows @ block.weight.t())
+        self._multiply(rows, self._weight, buffer)
         if inner is not None and self._lora_B is not None:
             buffer.addmm_(inner, self._lora_B.t())
         if self._bias is not None:
@@ -185,6 +202,15 @@ class _Head:
         slope = buffer.square().neg_().add_(1.0)
         buffer.mul_(self._terms.softcap)
         return slope
+
+    def _multiply_blocks(self, rows: Tensor, _weight: Weight, out: Tensor) -> None:
+        rows = rows.to(self._operand_dtype)
+        for block in self._blocks():
+            part = out[:, block.first : block.end]
+            if rows.dtype == out.dtype:
+                torch.mm(rows, block.weight.t(), out=part)
+            else:
+                part.copy_(rows @ block.weight.t())
 
     def back_to_hidden(self, error: Tensor) -> Tensor:
         """e Wₕ, [chunk, hidden]."""

@@ -238,6 +238,17 @@ def _product(
     )
 
 
+def multiply(activations: Tensor, weight: Weight, out: Tensor) -> None:
+    """``out = activations Wᵀ`` without a gradient: [tokens, in_features] and [out_features, in_features].
+
+    Arithmetic and rounding are those of ``lora_linear`` for the activations' dtype; ``out`` may have another one.
+    """
+    activations = _rows(activations)
+    matrix, alive = _weight_tuple(weight)
+    _product(activations, matrix, out, precision=product_precision(activations.dtype, chosen_isa()))
+    del alive
+
+
 def _dropout_tuples(adapters: Adapters) -> list[tuple[int, int, float]]:
     seed = 0 if adapters.seed is None else int(adapters.seed)
     return [(seed, index, p) for index, p in enumerate(adapters.dropout_p)]

@@ -246,7 +246,6 @@ static void multiply_packed(const Attention& a, const KeyBlock& block, int64_t k
   t.panel = turned;
   t.panel_step = t.out_stride = kPanelRows;
   t.steps = divide_up(a.head_dim, Form::kTerms);
-  t.accumulate = false;
   for (int64_t row0 = 0; row0 < keys; row0 += block.height) {
     const int rows = block_rows(block, row0);
     t.activations = packed + row0 * (attention_width(a) / Form::kTerms);
@@ -263,13 +262,13 @@ static void multiply_turned(const Attention& a, int64_t keys, const float* left,
   TileArguments t;
   t.panel = scores;
   t.activation_step = attention_width(a);
-  t.panel_step = t.out_stride = kPanelRows;
+  t.panel_step = t.before_stride = t.out_stride = kPanelRows;
   t.steps = divide_up(keys, Form::kTerms);
-  t.accumulate = accumulate;
   const int height = tile_height(a.head_dim, kTileRows);
   for (int64_t row0 = 0; row0 < a.head_dim; row0 += height) {
     t.activations = left + row0;
     t.out = sums + row0 * kPanelRows;
+    t.before = accumulate ? sums + row0 * kPanelRows : nullptr;
     TileTable<typename Form::Step, 2, kTileRows>::get(static_cast<int>(minimum(height, a.head_dim - row0)))(t);
   }
 }
@@ -280,15 +279,15 @@ static void multiply_scores(const Attention& a, int64_t keys, const float* score
   constexpr int kStride = kPanelRows / Form::kTerms;
   TileArguments t;
   t.activation_step = 1;
-  t.panel_step = t.out_stride = attention_width(a);
+  t.panel_step = t.before_stride = t.out_stride = attention_width(a);
   t.steps = kStride;
-  t.accumulate = true;
   const int height = tile_height(keys, kTileRows);
   for (int64_t row0 = 0; row0 < keys; row0 += height) {
     const int rows = static_cast<int>(minimum(height, keys - row0));
     t.activations = scores + row0 * kStride;
     for (int64_t column = 0; column < a.head_dim; column += 2 * kLanes) {
       t.panel = right + column;
+      t.before = sums + row0 * t.before_stride + column;
       t.out = sums + row0 * t.out_stride + column;
       if (a.head_dim - column > kLanes)
         TileTable<typename Form::Step, 2, kTileRows, kStride>::get(rows)(t);

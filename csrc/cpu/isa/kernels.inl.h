@@ -1,9 +1,9 @@
 // Everything that is compiled once per instruction set. The including file has opened the namespace of that set and
 // included one of the simd_*.h files.
 #pragma once
-#include "cpu/isa/tiles.inl.h"
-//
 #include "cpu/isa/convert.inl.h"
+//
+#include "cpu/isa/tiles.inl.h"
 //
 #include "cpu/isa/panels.inl.h"
 //

@@ -4,30 +4,26 @@
 // features it decodes its part of the weight once, into panels that stay in the L2 cache, and walks over all tokens
 // with register tiles; the low-rank terms are features of the last block, or a block of their own. Where one tile holds
 // all tokens a panel is used once, so it is made small enough for the L1 cache, and the activations are packed once.
-// Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of threads.
+// The output is written once, by the tiles of the last block where nothing else is to be done to it: lines of the
+// output that another core wrote last come from there, which takes long. Sums of earlier blocks stay in scratch of the
+// thread. Sums run in a fixed order that depends on the shapes alone, so results do not depend on the number of
+// threads.
 #pragma once
 
-constexpr int64_t kFeatureBlock = 256;       // 256 x 32 floats: a panel of 32 KB
-constexpr int64_t kPairFeatureBlock = 512;   // the same of bfloat16: the output is added to half as often
-constexpr int64_t kMostJoinedRank = 64;      // of low-rank terms that take part in the last block of features
-constexpr int64_t kPanelsPerTask = 16;       // 512 KB of panels, half of the smallest L2 cache among AVX-512 servers
+constexpr int64_t kFeatureBlock = 320;                // 320 x 32 floats: a panel of 40 KB
+constexpr int64_t kPairFeatureBlock = 640;            // the same of bfloat16: sums are added to half as often
+constexpr int64_t kMaskedFeatureBlock = 32 * kLanes;  // of a weight under a mask: as many bits as RowMasks holds
+constexpr int64_t kMostJoinedRank = 64;               // of low-rank terms that take part in the last block of features
+constexpr int64_t kPanelsPerTask = 16;       // 640 KB of panels; the smallest L2 cache among AVX-512 servers has 1 MB
 constexpr int64_t kFewFeatureBlock = 128;    // one tile of tokens, weight reduced along columns: 16 KB, one panel
 constexpr int64_t kFewRowBlock = 32;         // one tile of tokens, weight reduced along rows: 4 KB a panel, all panels,
                                              // so that a row is decoded in one sweep over its cache lines
 constexpr int64_t kLongestPacked = 1 << 15;  // terms of one tile that are packed at once: 2 MB of scratch
-constexpr int64_t kTokenBlock = 2048;  // bounds the scratch for 16-bit outputs; the weight is decoded once per block
+constexpr int64_t kTokenBlock = 512;         // bounds the scratch for sums; the weight is decoded once per block
 // A task packs its activations and decodes its part of the weight for itself, so it should be large in both. Where a
 // narrow weight meets many tokens, splitting the tokens costs less: decoding is cheap beside 128 tokens of arithmetic,
 // packing an activation is not beside 64 outputs.
 constexpr int64_t kTokensPerTask = 128;
-
-// RowMasks holds the mask of one block of features.
-#ifdef PEFTKERN_VECTOR_DECODE
-static_assert(kFeatureBlock <= 8 * sizeof(Int));
-#endif
-#ifdef PEFTKERN_VECTOR_FORMS
-static_assert(kPairFeatureBlock <= 8 * sizeof(Int));
-#endif
 
 struct Schedule {
   Precision form;
@@ -40,6 +36,7 @@ struct Schedule {
   int64_t token_tasks;
   int64_t panels_per_task;  // at most: tasks differ by one
   int64_t tokens_per_task;  // at most, likewise
+  bool straight;            // the last tiles write the output itself
   bool one_tile;            // every token of the product fits into one tile, and every term into the scratch
 };
 
@@ -105,6 +102,9 @@ static Schedule make_schedule(const Product& p) {
   s.panels_per_task = divide_up(s.panels, s.output_tasks);
   s.tokens_per_task = divide_up(p.tokens, s.token_tasks);
   s.one_tile = p.tokens <= s.tile_rows && longest_reduction(p) <= kLongestPacked;
+  // float16 tiles store floats alone
+  const bool own_dtype = s.form != Precision::float16 || p.out_dtype == DType::float32;
+  s.straight = p.alpha == 1.0f && p.out_mask.bits == nullptr && product_features(p) > 0 && own_dtype;
   s.join_low_rank = !s.one_tile && can_join(p, s.form);
   return s;
 }
@@ -134,7 +134,7 @@ struct Scratch {
   void* activations;    // the same in the order of the tile, [feature][row]; one block, or all where one_tile
   float* row_scales;    // float16 form: of the rows, for each block of features
   float* corner;        // a tile that does not fit into the output
-  float* sums;          // output block of a 16-bit output
+  float* sums;          // of a block of outputs and tokens
 };
 
 static inline int64_t staged_stride() { return kPairFeatureBlock + kLanes; }
@@ -150,7 +150,6 @@ static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* 
   };
   const int64_t rows = 16;
   const int64_t packed = s.one_tile ? longest_reduction(p) : kPairFeatureBlock;
-  const bool buffered = p.out_dtype != DType::float32;
   const int64_t tokens = minimum(s.tokens_per_task, kTokenBlock);
   scratch->panels = take(s.panels_per_task * s.width * (kFeatureBlock + kMostJoinedRank) * 4);
   scratch->panel_scales = static_cast<float*>(take(s.panels_per_task * 4));
@@ -158,7 +157,7 @@ static size_t carve(const Product& p, const Schedule& s, void* memory, Scratch* 
   scratch->activations = take((packed + kPairFeatureBlock) * rows * 4);
   scratch->row_scales = static_cast<float*>(take((packed / kFewRowBlock + 1) * rows * 4));
   scratch->corner = static_cast<float*>(take(rows * s.width * 4));
-  scratch->sums = static_cast<float*>(take(buffered ? tokens * s.panels_per_task * s.width * 4 : 0));
+  scratch->sums = static_cast<float*>(take(tokens * s.panels_per_task * s.width * 4));
   return next - begin;
 }
 
@@ -295,15 +294,61 @@ struct Block {
   int64_t token0, tokens;    // of the token block
   float* sums;               // where element (token0, output0) is accumulated
   int64_t stride;
+  const Product& product;
 };
 
+// What becomes of the products of one block of features.
+struct Pass {
+  bool first;  // nothing is to be added to them
+  bool last;   // they go to the output itself
+};
+
+static void keep_outputs(const BitMask& mask, int64_t row, int64_t column, int64_t count, float* values) {
+  int64_t i = 0;
+#ifdef PEFTKERN_VECTOR_DECODE
+  const uint8_t* bits = mask.bits + row * mask.row_stride + column / 8;  // tasks begin at whole panels
+  for (; i + kLanes <= count; i += kLanes) store(values + i, keep_lanes(load(values + i), bits + i / 8));
+#endif
+  for (; i < count; ++i)
+    if (!keeps(mask, row, column + i)) values[i] = 0.0f;
+}
+
+// Finishes `count` sums of one row, from `column` of the task on, and writes them out.
+static void write_outputs(const Block& block, int64_t row, int64_t column, int64_t count, float* sums) {
+  const Product& p = block.product;
+  const int64_t token = block.token0 + row, output = block.output0 + column;
+  if (p.alpha != 1.0f)
+    for (int64_t i = 0; i < count; ++i) sums[i] *= p.alpha;
+  if (p.bias != nullptr)
+    for (int64_t i = 0; i < count; ++i) sums[i] += p.bias[output + i];
+  if (p.out_mask.bits != nullptr) keep_outputs(p.out_mask, token, output, count, sums);
+  write_floats(p.out, p.out_dtype, token * p.out_stride + output, count, sums);
+}
+
 static void add_corner(const float* corner, int64_t width, const Block& block, int64_t row0, int rows, int64_t column,
-                       int64_t columns, bool accumulate) {
+                       int64_t columns, Pass pass) {
   for (int row = 0; row < rows; ++row) {
-    float* out = block.sums + (row0 + row) * block.stride + column;
+    float* sums = block.sums + (row0 + row) * block.stride + column;
     const float* in = corner + row * width;
-    for (int64_t i = 0; i < columns; ++i) out[i] = accumulate ? out[i] + in[i] : in[i];
+    for (int64_t i = 0; i < columns; ++i) sums[i] = pass.first ? in[i] : sums[i] + in[i];
+    if (pass.last) write_outputs(block, row0 + row, column, columns, sums);
   }
+}
+
+// Sends the sums of a tile to their place.
+static void aim(const Block& block, int64_t row0, int64_t column, Pass pass, TileArguments* tile) {
+  const Product& p = block.product;
+  float* sums = block.sums + row0 * block.stride + column;
+  if (!pass.first) tile->before = sums;
+  tile->before_stride = block.stride;
+  tile->out = sums;
+  tile->out_stride = block.stride;
+  if (!pass.last) return;
+  const int64_t output = block.output0 + column, element = (block.token0 + row0) * p.out_stride + output;
+  if (p.bias != nullptr) tile->bias = p.bias + output;
+  tile->out = static_cast<uint8_t*>(p.out) + element * (p.out_dtype == DType::float32 ? 4 : 2);
+  tile->out_stride = p.out_stride;
+  tile->out_dtype = p.out_dtype;
 }
 
 static inline void* panel_at(const Panels& panels, Precision form, int64_t panel, int64_t step = 0) {
@@ -314,31 +359,32 @@ static inline void* panel_at(const Panels& panels, Precision form, int64_t panel
 
 // One tile of packed tokens against every panel.
 static void multiply_tile(const void* packed, const float* row_scales, const Panels& panels, Precision form,
-                          int64_t row0, int rows, const Scratch& scratch, const Block& block, bool accumulate,
+                          int64_t row0, int rows, const Scratch& scratch, const Block& block, Pass pass,
                           const Dropout* mask) {
   const Tile tile = find_tile(form, rows, panels.width);
-  TileArguments arguments;
-  arguments.activations = packed;
-  arguments.activation_step = rows;
-  arguments.panel_step = panels.width;
-  arguments.steps = tile_steps(form, panels.steps);
-  arguments.row_scales = row_scales;
+  TileArguments common;
+  common.activations = packed;
+  common.activation_step = rows;
+  common.panel_step = panels.width;
+  common.steps = tile_steps(form, panels.steps);
+  common.row_scales = row_scales;
+  common.out = scratch.corner;
+  common.out_stride = panels.width;
   for (int64_t panel = 0; panel < panels.count; ++panel) {
+    TileArguments arguments = common;
     const int64_t column = panels.column + panel * panels.width;
     const int64_t columns = minimum(panels.width, block.outputs - column);
     const bool direct = columns == panels.width && mask == nullptr;
     arguments.panel = panel_at(panels, form, panel);
     arguments.panel_scale = form == Precision::float16 ? 1.0f / panels.scales[panel] : 1.0f;
-    arguments.out = direct ? block.sums + row0 * block.stride + column : scratch.corner;
-    arguments.out_stride = direct ? block.stride : panels.width;
-    arguments.accumulate = direct && accumulate;
+    if (direct) aim(block, row0, column, pass, &arguments);
     tile(arguments);
     if (direct) continue;
     if (mask != nullptr)
       for (int row = 0; row < rows; ++row)
         apply_dropout(scratch.corner + row * panels.width, columns, *mask, block.token0 + row0 + row,
                       block.output0 + column);
-    add_corner(scratch.corner, panels.width, block, row0, rows, column, columns, accumulate);
+    add_corner(scratch.corner, panels.width, block, row0, rows, column, columns, pass);
   }
 }
 
@@ -391,6 +437,7 @@ struct Pair {
   const Dropout* mask;
   const LowRank* joined;  // terms that are more features of the last block
   int64_t joined_count;
+  bool first, last;  // of the pairs of a product; the last one writes the output, unless there is more to do to it
 };
 
 // The right factor of a term as the weight that it is.
@@ -456,16 +503,16 @@ static void join_activations(const Pair& pair, const Scratch& scratch, int64_t t
 }
 
 // Blocks of nearly equal length, so that the output is added to as seldom as can be. Vectors of any encoding fit in.
-static int64_t block_length(int64_t features, Precision form) {
+static int64_t block_length(int64_t features, const Pair& pair) {
   constexpr int64_t kStep = 32;
-  const int64_t blocks = divide_up(features, form == Precision::bfloat16 ? kPairFeatureBlock : kFeatureBlock);
-  return divide_up(divide_up(features, blocks), kStep) * kStep;
+  int64_t most = pair.form == Precision::bfloat16 ? kPairFeatureBlock : kFeatureBlock;
+  if (pair.weight.mask.bits != nullptr) most = minimum(most, kMaskedFeatureBlock);
+  return divide_up(divide_up(features, divide_up(features, most)), kStep) * kStep;
 }
 
-static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
-                                   bool accumulate) {
+static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block) {
   const int height = tile_height(block.tokens, pair.tile_rows);
-  const int64_t feature_block = block_length(features, pair.form);
+  const int64_t feature_block = block_length(features, pair);
   for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
     const int64_t steps = minimum(feature_block, features - k0);
     const bool last = k0 + steps == features;
@@ -477,15 +524,14 @@ static void accumulate_many_tokens(const Pair& pair, int64_t features, const Scr
       pack_activations(pair.activations, scratch.staged, pair.form, block.token0 + row0, rows, k0, steps,
                        scratch.activations, scratch.row_scales);
       if (last) join_activations(pair, scratch, block.token0 + row0, rows, steps);
-      multiply_tile(scratch.activations, scratch.row_scales, panels, pair.form, row0, rows, scratch, block, accumulate,
+      const Pass pass = {pair.first && k0 == 0, pair.last && last};
+      multiply_tile(scratch.activations, scratch.row_scales, panels, pair.form, row0, rows, scratch, block, pass,
                     pair.mask);
     }
-    accumulate = true;
   }
 }
 
-static void accumulate_one_tile(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block,
-                                bool accumulate) {
+static void accumulate_one_tile(const Pair& pair, int64_t features, const Scratch& scratch, const Block& block) {
   const int rows = static_cast<int>(block.tokens);
   const int64_t feature_block = pair.transposed ? kFewRowBlock : kFewFeatureBlock;
   const int64_t columns_at_once = pair.transposed ? block.outputs : pair.width;
@@ -498,54 +544,30 @@ static void accumulate_one_tile(const Pair& pair, int64_t features, const Scratc
     for (int64_t k0 = 0; k0 < features; k0 += feature_block) {
       const int64_t steps = minimum(feature_block, features - k0);
       const Panels panels = decode_block(pair, scratch, block, column, columns, k0, steps);
+      const Pass pass = {pair.first && k0 == 0, pair.last && k0 + steps == features};
       multiply_tile(packed_at(scratch.activations, pair.form, rows, k0), scratch.row_scales + k0 / feature_block * rows,
-                    panels, pair.form, 0, rows, scratch, block, accumulate || k0 > 0, pair.mask);
+                    panels, pair.form, 0, rows, scratch, block, pass, pair.mask);
     }
   }
 }
 
-static void accumulate_pair(const Pair& pair, const Schedule& s, const Scratch& scratch, const Block& block,
-                            bool accumulate) {
+static void accumulate_pair(const Pair& pair, const Schedule& s, const Scratch& scratch, const Block& block) {
   const int64_t features = pair.transposed ? pair.weight.rows : pair.weight.columns;
   if (s.one_tile && block.tokens <= pair.tile_rows)
-    accumulate_one_tile(pair, features, scratch, block, accumulate);
+    accumulate_one_tile(pair, features, scratch, block);
   else
-    accumulate_many_tokens(pair, features, scratch, block, accumulate);
+    accumulate_many_tokens(pair, features, scratch, block);
 }
 
 static void accumulate_low_rank(const LowRank& term, bool transposed, const Schedule& s, const Scratch& scratch,
-                                const Block& block, bool accumulate) {
+                                const Block& block, bool first) {
   const Activations left = left_factor(term);
   const Weight right = right_factor(term, transposed, block.output0 + block.outputs);
   const Dropout none;
   const Dropout* mask = dropout_active(term.dropout) ? &term.dropout : nullptr;
-  accumulate_pair({left, right, none, transposed, Precision::float32, kTileRows, s.low_rank_width, mask, nullptr, 0}, s,
-                  scratch, block, accumulate);
-}
-
-static void keep_outputs(const BitMask& mask, int64_t row, int64_t column, int64_t count, float* values) {
-  int64_t i = 0;
-#ifdef PEFTKERN_VECTOR_DECODE
-  const uint8_t* bits = mask.bits + row * mask.row_stride + column / 8;  // tasks begin at whole panels
-  for (; i + kLanes <= count; i += kLanes) store(values + i, keep_lanes(load(values + i), bits + i / 8));
-#endif
-  for (; i < count; ++i)
-    if (!keeps(mask, row, column + i)) values[i] = 0.0f;
-}
-
-static void finish(const Product& p, const Block& block) {
-  const bool buffered = p.out_dtype != DType::float32;
-  if (!buffered && p.alpha == 1.0f && p.bias == nullptr && p.out_mask.bits == nullptr) return;
-  for (int64_t row = 0; row < block.tokens; ++row) {
-    float* sums = block.sums + row * block.stride;
-    if (p.alpha != 1.0f)
-      for (int64_t i = 0; i < block.outputs; ++i) sums[i] *= p.alpha;
-    if (p.bias != nullptr)
-      for (int64_t i = 0; i < block.outputs; ++i) sums[i] += p.bias[block.output0 + i];
-    if (p.out_mask.bits != nullptr) keep_outputs(p.out_mask, block.token0 + row, block.output0, block.outputs, sums);
-    if (buffered)
-      write_floats(p.out, p.out_dtype, (block.token0 + row) * p.out_stride + block.output0, block.outputs, sums);
-  }
+  accumulate_pair(
+      {left, right, none, transposed, Precision::float32, kTileRows, s.low_rank_width, mask, nullptr, 0, first, false},
+      s, scratch, block);
 }
 
 static int64_t product_tasks(const Product& p) {
@@ -571,22 +593,21 @@ static void product_task(const Product& p, int64_t task, void* memory) {
   const Schedule s = make_schedule(p);
   Scratch scratch;
   carve(p, s, memory, &scratch);
-  Block block;
   const int64_t output_task = task % s.output_tasks, token_task = task / s.output_tasks;
-  block.output0 = output_task * s.panels / s.output_tasks * s.width;
-  block.outputs = minimum((output_task + 1) * s.panels / s.output_tasks * s.width, product_outputs(p)) - block.output0;
+  const int64_t output_begin = output_task * s.panels / s.output_tasks * s.width;
+  const int64_t output_end = minimum((output_task + 1) * s.panels / s.output_tasks * s.width, product_outputs(p));
   const int64_t token_begin = token_task * p.tokens / s.token_tasks;
   const int64_t token_end = (token_task + 1) * p.tokens / s.token_tasks;
-  const bool buffered = p.out_dtype != DType::float32;
-  for (block.token0 = token_begin; block.token0 < token_end; block.token0 += kTokenBlock) {
-    block.tokens = minimum(kTokenBlock, token_end - block.token0);
-    block.stride = buffered ? s.panels_per_task * s.width : p.out_stride;
-    block.sums = buffered ? scratch.sums : static_cast<float*>(p.out) + block.token0 * p.out_stride + block.output0;
+  for (int64_t token0 = token_begin; token0 < token_end; token0 += kTokenBlock) {
+    const int64_t tokens = minimum(kTokenBlock, token_end - token0);
+    const int64_t outputs = output_end - output_begin;
+    const Block block = {output_begin, outputs, token0, tokens, scratch.sums, s.panels_per_task * s.width, p};
     const int64_t apart = s.join_low_rank ? 0 : p.low_rank_count;
-    for (int64_t i = 0; i < apart; ++i) accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i > 0);
+    for (int64_t i = 0; i < apart; ++i) accumulate_low_rank(p.low_rank[i], p.transposed, s, scratch, block, i == 0);
     accumulate_pair({p.activations, p.weight, p.weight_dropout, p.transposed, s.form, s.tile_rows, s.width, nullptr,
-                     p.low_rank, p.low_rank_count - apart},
-                    s, scratch, block, apart > 0);
-    finish(p, block);
+                     p.low_rank, p.low_rank_count - apart, apart == 0, s.straight},
+                    s, scratch, block);
+    if (s.straight) continue;
+    for (int64_t row = 0; row < tokens; ++row) write_outputs(block, row, 0, outputs, block.sums + row * block.stride);
   }
 }

@@ -1,4 +1,5 @@
-// Register-blocked tiles: out[rows, columns] (+)= packed activations * panel, in three forms of arithmetic.
+// Register-blocked tiles: out[rows, columns] = before + packed activations * panel + bias, in three forms of
+// arithmetic.
 //
 // Packed activations are [k][rows], a panel is [k][columns]: each step broadcasts one activation per row and multiplies
 // it with a few vectors of the panel. Rows go from 1 to the tile's height, so that any number of tokens is a sequence
@@ -17,10 +18,13 @@ struct TileArguments {
   const void* panel;
   int64_t activation_step = 0;  // floats from a step to the next; not in the float16 form
   int64_t panel_step = 0;
-  int64_t steps;  // terms; pairs of terms in the bfloat16 form
-  float* out;
+  int64_t steps;                  // terms; pairs of terms in the bfloat16 form
+  const float* before = nullptr;  // sums of other terms; null: there are none
+  int64_t before_stride = 0;
+  const float* bias = nullptr;  // of the columns; null: there is none
+  void* out;
   int64_t out_stride;
-  bool accumulate;
+  DType out_dtype = DType::float32;
   const float* row_scales;  // float16 form: each row's sums are multiplied by its scale and by panel_scale
   float panel_scale;
 };
@@ -33,12 +37,19 @@ struct Float32Step {
   }
 };
 
+template <DType kDType, int kRows, int kVectors>
+__attribute__((always_inline)) static inline void store_tile(const Float (&sums)[kRows][kVectors], void* out,
+                                                             int64_t stride) {
+#pragma GCC unroll 16
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store_elements<kDType>(out, row * stride + v * kLanes, sums[row][v]);
+}
+
 template <class Step, int kRows, int kVectors, int kRowStride = 1>
 static void tile(const TileArguments& arguments) {
   const float* a = static_cast<const float*>(arguments.activations);
   const float* b = static_cast<const float*>(arguments.panel);
-  float* out = arguments.out;
-  const int64_t stride = arguments.out_stride;
   const int64_t activation_step = arguments.activation_step, panel_step = arguments.panel_step;
   // Every loop over the tile is unrolled, or the compiler keeps the sums in memory at both ends.
   Float sums[kRows][kVectors];
@@ -55,16 +66,25 @@ static void tile(const TileArguments& arguments) {
     b += panel_step;
   }
   // Adding the block's sum to the total, instead of going on from it, keeps rounding errors of long sums apart.
-  if (arguments.accumulate) {
+  if (const float* before = arguments.before) {
+    const int64_t stride = arguments.before_stride;
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[row][v] = add(load(out + row * stride + v * kLanes), sums[row][v]);
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = add(load(before + row * stride + v * kLanes), sums[row][v]);
   }
+  if (const float* bias = arguments.bias) {
 #pragma GCC unroll 16
-  for (int row = 0; row < kRows; ++row)
+    for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(out + row * stride + v * kLanes, sums[row][v]);
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = add(sums[row][v], load(bias + v * kLanes));
+  }
+  if (arguments.out_dtype == DType::float32)
+    store_tile<DType::float32, kRows, kVectors>(sums, arguments.out, arguments.out_stride);
+  else if (arguments.out_dtype == DType::bfloat16)
+    store_tile<DType::bfloat16, kRows, kVectors>(sums, arguments.out, arguments.out_stride);
+  else
+    store_tile<DType::float16, kRows, kVectors>(sums, arguments.out, arguments.out_stride);
 }
 
 template <class Step, int kVectors, int kRows, int kRowStride = 1>
@@ -121,11 +141,14 @@ static void half_tile(const TileArguments& arguments) {
       }
   }
   for (int row = 0; row < kRows; ++row) {
-    float* out = arguments.out + row * arguments.out_stride;
+    float* out = static_cast<float*>(arguments.out) + row * arguments.out_stride;
     const Float scale = broadcast(arguments.row_scales[row] * arguments.panel_scale);
     for (int column = 0; column < kColumns; column += kLanes) {
       const Float total = load(totals[row] + column);
-      store(out + column, fma(total, scale, arguments.accumulate ? load(out + column) : zero()));
+      const Float before =
+          arguments.before == nullptr ? zero() : load(arguments.before + row * arguments.before_stride + column);
+      const Float sum = fma(total, scale, before);
+      store(out + column, arguments.bias == nullptr ? sum : add(sum, load(arguments.bias + column)));
     }
   }
 }
