@@ -87,6 +87,7 @@ static inline Float decode_lanes_along_columns(const Weight& weight, int64_t row
 // How an encoding unpacks: `kPerDword` elements in 4 bytes, element `i` of every lane's 4 bytes as floats, and kLanes
 // consecutive elements of a row as floats.
 struct Code4 {
+  static constexpr bool kQuantized = true;
   static constexpr int kPerDword = 8;
   Codebook16 book;
   explicit Code4(const Weight& weight) : book(load_codebook16(weight.codebook)) {}
@@ -94,12 +95,13 @@ struct Code4 {
   Float element(Int dwords) const {
     return lookup16(book, shift_right<(i / 2) * 8 + (i % 2 == 0 ? 4 : 0)>(dwords));
   }
-  Float row(const void* data, int64_t index) const {
+  Float row(const void* data, uint64_t index) const {
     return lookup16(book, expand_nibbles(static_cast<const uint8_t*>(data) + index / 2));
   }
 };
 
 struct Code8 {
+  static constexpr bool kQuantized = true;
   static constexpr int kPerDword = 4;
   const float* book;
   explicit Code8(const Weight& weight) : book(weight.codebook) {}
@@ -107,53 +109,57 @@ struct Code8 {
   Float element(Int dwords) const {
     return lookup256(book, and_int(shift_right<8 * i>(dwords), 0xFFu));
   }
-  Float row(const void* data, int64_t index) const {
+  Float row(const void* data, uint64_t index) const {
     return lookup256(book, expand_bytes(static_cast<const uint8_t*>(data) + index));
   }
 };
 
 struct Int8 {
+  static constexpr bool kQuantized = true;
   static constexpr int kPerDword = 4;
   explicit Int8(const Weight&) {}
   template <int i>
   Float element(Int dwords) const {
     return to_float(shift_right_signed<24>(shift_left<24 - 8 * i>(dwords)));
   }
-  Float row(const void* data, int64_t index) const {
+  Float row(const void* data, uint64_t index) const {
     return to_float(expand_signed_bytes(static_cast<const int8_t*>(data) + index));
   }
 };
 
 struct Float32 {
+  static constexpr bool kQuantized = false;
   static constexpr int kPerDword = 1;
   explicit Float32(const Weight&) {}
   template <int i>
   Float element(Int dwords) const {
     return as_float(dwords);
   }
-  Float row(const void* data, int64_t index) const { return load(static_cast<const float*>(data) + index); }
+  Float row(const void* data, uint64_t index) const { return load(static_cast<const float*>(data) + index); }
 };
 
 struct Bfloat16 {
+  static constexpr bool kQuantized = false;
   static constexpr int kPerDword = 2;
   explicit Bfloat16(const Weight&) {}
   template <int i>
   Float element(Int dwords) const {
     return as_float(i == 0 ? shift_left<16>(dwords) : and_int(dwords, 0xFFFF0000u));
   }
-  Float row(const void* data, int64_t index) const {
+  Float row(const void* data, uint64_t index) const {
     return as_float(shift_left<16>(expand_words(static_cast<const uint16_t*>(data) + index)));
   }
 };
 
 struct Float16 {
+  static constexpr bool kQuantized = false;
   static constexpr int kPerDword = 2;
   explicit Float16(const Weight&) {}
   template <int i>
   Float element(Int dwords) const {
     return half_to_float(i == 0 ? dwords : shift_right<16>(dwords));
   }
-  Float row(const void* data, int64_t index) const {
+  Float row(const void* data, uint64_t index) const {
     return half_to_float(expand_words(static_cast<const uint16_t*>(data) + index));
   }
 };
@@ -284,55 +290,75 @@ static void decode_along_columns(const Weight& weight, int64_t row0, int64_t k0,
   }
 }
 
-// The scale along one row, fetched again only where the block changes.
-struct ColumnScale {
-  int64_t fetched = -1;
-  Float value = zero();
+constexpr int64_t kMostVectorsOfRow = 32;  // in the panels of one task
 
-  Float at(const Weight& weight, int64_t row, int64_t column) {
-    const int64_t block = weight_block(weight, row, column);
-    if (block == fetched) return value;
-    fetched = block;
-    value = broadcast(weight_scale(weight, block));
+// The scale of each vector of a row, from a column on. Apart from the loop that uses them: what one scale takes to find
+// would keep that loop's own values out of registers.
+__attribute__((noinline)) static void fill_scales(const Weight& weight, int64_t row, int64_t column, int64_t vectors,
+                                                  float* scales) {
+  const int64_t begin = row * weight.columns;
+  for (int64_t vector = 0; vector < vectors;) {
+    const int64_t at = column + vector * kLanes;
+    if (at >= weight.columns) return;
+    const int64_t block = weight_block(weight, row, at);
+    const int64_t end = weight.block_shift < 0 ? weight.columns : ((block + 1) << weight.block_shift) - begin;
+    const float scale = weight_scale(weight, block);
+    for (; vector < vectors && column + vector * kLanes < end; ++vector) scales[vector] = scale;
+  }
+}
+
+__attribute__((noinline)) static Float decode_end_of_row(const Weight& weight, int64_t row, int64_t column) {
+  return decode_lanes_along_columns(weight, row, column);
+}
+
+// One row of a weight, a vector at a time.
+template <class Encoded, bool kMasked>
+struct RowReader {
+  const void* codes;
+  uint64_t next;  // element
+  const uint8_t* mask;
+  float scales[kMostVectorsOfRow];
+
+  RowReader(const Weight& weight, int64_t row, int64_t column, int64_t vectors) : codes(weight.data), mask(nullptr) {
+    next = static_cast<uint64_t>(row * (Encoded::kQuantized ? weight.columns : weight.row_stride) + column);
+    if (kMasked) mask = weight.mask.bits + row * weight.mask.row_stride + column / 8;
+    if (Encoded::kQuantized) fill_scales(weight, row, column, vectors, scales);
+  }
+
+  inline Float at(const Encoded& encoded, int64_t vector) const {
+    Float value = encoded.row(codes, next + static_cast<uint64_t>(vector * kLanes));
+    if constexpr (Encoded::kQuantized) value = mul(value, broadcast(scales[vector]));
+    if constexpr (kMasked) value = keep_lanes(value, mask + vector * kLanes / 8);
     return value;
   }
 };
 
-template <class Encoded, bool kMasked>
-static inline Float decode_row_vector(const Encoded& encoded, const Weight& weight, int64_t row, int64_t column,
-                                      ColumnScale& scale) {
-  if (column + kLanes > weight.columns) return decode_lanes_along_columns(weight, row, column);
-  const Float value = weight_quantized(weight)
-                          ? mul(encoded.row(weight.data, row * weight.columns + column), scale.at(weight, row, column))
-                          : encoded.row(weight.data, row * weight.row_stride + column);
-  if constexpr (!kMasked) return value;
-  return keep_lanes(value, weight.mask.bits + row * weight.mask.row_stride + column / 8);
-}
-
-// The arguments are taken by value: through a reference, every store to a panel could change them.
 template <class Encoded, Precision kForm, bool kMasked>
-static void decode_along_rows(const Weight weight, int64_t column0, int64_t k0, const Panels panels) {
+static void decode_along_rows(const Weight& weight, int64_t column0, int64_t k0, const Panels& panels) {
   const Encoded encoded(weight);
-  const int64_t panel_stride = panels.allocated * panels.width * Sink<kForm>::kBytes;
-  for (int64_t k = 0; k < panels.steps; k += 2) {
-    const bool has_second = k + 1 < panels.steps;
+  const int64_t of_panel = panels.width / kLanes, vectors = panels.count * of_panel, steps = panels.steps;
+  const int64_t whole = minimum(vectors, (weight.columns - column0) / kLanes);
+  for (int64_t k = 0; k < steps; k += 2) {
+    const bool has_second = k + 1 < steps;
+    const int64_t row = k0 + k, second_row = has_second ? row + 1 : row;
     for (int64_t ahead = kPrefetchRows; ahead < kPrefetchRows + 2; ++ahead)
-      prefetch_row(weight, k0 + k + ahead, column0, panels.count * panels.width, 32 / Encoded::kPerDword);
-    ColumnScale first_scale, second_scale;
-    Sink<kForm> sink(panels, 0, 0);
-    int64_t column = column0;
+      prefetch_row(weight, row + ahead, column0, vectors * kLanes, 32 / Encoded::kPerDword);
+    const RowReader<Encoded, kMasked> first(weight, row, column0, vectors);
+    const RowReader<Encoded, kMasked> second(weight, second_row, column0, vectors);
     for (int64_t panel = 0; panel < panels.count; ++panel) {
-      for (int64_t lane = 0; lane < panels.width; lane += kLanes, column += kLanes) {
-        const Float first = decode_row_vector<Encoded, kMasked>(encoded, weight, k0 + k, column, first_scale);
-        const Float second =
-            has_second ? decode_row_vector<Encoded, kMasked>(encoded, weight, k0 + k + 1, column, second_scale)
-                       : zero();
-        sink.put(k, first, second);
+      Sink<kForm> sink(panels, panel, 0);
+      const int64_t begin = panel * of_panel, end = begin + of_panel;
+      const bool plain = has_second && end <= whole;
+      for (int64_t vector = begin; plain && vector < end; ++vector) {
+        sink.put(k, first.at(encoded, vector), second.at(encoded, vector));
         sink.place += kLanes * Sink<kForm>::kColumnBytes;
       }
-      sink.place += panel_stride - panels.width * Sink<kForm>::kColumnBytes;
-      if constexpr (kForm == Precision::float16)
-        sink.scale = panel + 1 < panels.count ? panels.scales[panel + 1] : 1.0f;
+      for (int64_t vector = begin; !plain && vector < end; ++vector) {
+        const int64_t column = column0 + vector * kLanes;
+        const Float below = has_second ? decode_end_of_row(weight, second_row, column) : zero();
+        sink.put(k, decode_end_of_row(weight, row, column), below);
+        sink.place += kLanes * Sink<kForm>::kColumnBytes;
+      }
     }
   }
 }

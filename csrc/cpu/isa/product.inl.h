@@ -25,6 +25,10 @@ constexpr int64_t kTokenBlock = 512;         // bounds the scratch for sums; the
 // packing an activation is not beside 64 outputs.
 constexpr int64_t kTokensPerTask = 128;
 
+#ifdef PEFTKERN_VECTOR_DECODE
+static_assert(2 * kPanelsPerTask <= kMostVectorsOfRow);
+#endif
+
 struct Schedule {
   Precision form;
   int tile_rows;
