@@ -307,7 +307,8 @@ __attribute__((noinline)) static void fill_scales(const Weight& weight, int64_t 
   }
 }
 
-__attribute__((noinline)) static Float decode_end_of_row(const Weight& weight, int64_t row, int64_t column) {
+// What no whole panel holds: the end of a row, and an odd last one.
+__attribute__((noinline)) static Float decode_remainder(const Weight& weight, int64_t row, int64_t column) {
   return decode_lanes_along_columns(weight, row, column);
 }
 
@@ -315,18 +316,18 @@ __attribute__((noinline)) static Float decode_end_of_row(const Weight& weight, i
 template <class Encoded, bool kMasked>
 struct RowReader {
   const void* codes;
-  uint64_t next;  // element
+  uint64_t begin;  // the first element
   const uint8_t* mask;
   float scales[kMostVectorsOfRow];
 
   RowReader(const Weight& weight, int64_t row, int64_t column, int64_t vectors) : codes(weight.data), mask(nullptr) {
-    next = static_cast<uint64_t>(row * (Encoded::kQuantized ? weight.columns : weight.row_stride) + column);
+    begin = static_cast<uint64_t>(row * (Encoded::kQuantized ? weight.columns : weight.row_stride) + column);
     if (kMasked) mask = weight.mask.bits + row * weight.mask.row_stride + column / 8;
     if (Encoded::kQuantized) fill_scales(weight, row, column, vectors, scales);
   }
 
   inline Float at(const Encoded& encoded, int64_t vector) const {
-    Float value = encoded.row(codes, next + static_cast<uint64_t>(vector * kLanes));
+    Float value = encoded.row(codes, begin + static_cast<uint64_t>(vector * kLanes));
     if constexpr (Encoded::kQuantized) value = mul(value, broadcast(scales[vector]));
     if constexpr (kMasked) value = keep_lanes(value, mask + vector * kLanes / 8);
     return value;
@@ -355,8 +356,8 @@ static void decode_along_rows(const Weight& weight, int64_t column0, int64_t k0,
       }
       for (int64_t vector = begin; !plain && vector < end; ++vector) {
         const int64_t column = column0 + vector * kLanes;
-        const Float below = has_second ? decode_end_of_row(weight, second_row, column) : zero();
-        sink.put(k, decode_end_of_row(weight, row, column), below);
+        const Float below = has_second ? decode_remainder(weight, second_row, column) : zero();
+        sink.put(k, decode_remainder(weight, row, column), below);
         sink.place += kLanes * Sink<kForm>::kColumnBytes;
       }
     }
